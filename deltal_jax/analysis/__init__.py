@@ -1,0 +1,1 @@
+"""What a run or a batch tells after the fact: reports, comparisons, variance."""

@@ -1,0 +1,63 @@
+"""`deltal`: parse, dispatch, and turn errors into one line and an exit code."""
+
+import argparse
+import os
+import sys
+
+from deltal_jax import __version__
+from deltal_jax.cli import configs, evaluate, sample, train
+from deltal_jax.errors import UserError
+
+COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample, "configs": configs}
+
+EPILOG = """\
+examples:
+  deltal train countdown-tiny                        run an experiment that comes with the package
+  deltal train my.yaml rl.steps=200 seed=1           any field can be set as key.sub=value
+  deltal train my.yaml --dry-run                     check everything, compile nothing
+  deltal train run.dir=runs/x --resume               go on from the newest checkpoint
+  deltal sample runs/x "7 1 5 -> 40"                 ask a trained model one problem
+
+exit codes: 0 done, 1 the run failed, 2 bad input (one line says which field and what to do)
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="deltal",
+        description="Train language models with verifiable rewards, under ΔL Normalization.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"deltal-jax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").strip().split("\n")[0]
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    parsed = make_parser().parse_args(arguments)
+    try:
+        return COMMANDS[parsed.command].run(parsed)
+    except UserError as error:
+        print(f"deltal: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("deltal: stopped", file=sys.stderr)
+        return 130
+    except ArithmeticError as error:
+        print(f"deltal: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,114 @@
+"""Run an experiment: warm-up, reinforcement learning, evaluation, report."""
+
+import argparse
+import json
+import re
+
+from deltal_jax.config import load_config, parse_overrides
+from deltal_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument(
+        "items",
+        nargs="*",
+        metavar="CONFIG|key.sub=value",
+        help="a YAML file or the name of a config of the package, then any field to set",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint of run.dir, or of the newest run of CONFIG",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="resolve and validate, print batch arithmetic and memory, stop before any compile",
+    )
+    parser.add_argument(
+        "--profile", metavar="START:STOP", help="write a jax.profiler trace of these RL steps"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; the exit code."""
+    names = [item for item in arguments.items if "=" not in item]
+    overrides = parse_overrides([item for item in arguments.items if "=" in item])
+    if len(names) > 1:
+        raise UserError(f"expected one config, got {' and '.join(names)}")
+    name = names[0] if names else None
+    if name is None and not arguments.resume:
+        raise UserError("config: name an experiment, such as countdown-tiny; see `deltal configs`")
+    profile = _parse_profile(arguments.profile)
+    if arguments.dry_run:
+        return _dry_run(name, overrides, as_json=arguments.json)
+
+    from deltal_jax.training.loop import train
+
+    result = train(name, overrides, resume=arguments.resume, profile=profile)
+    if arguments.json:
+        print(json.dumps(result.as_dict()))
+    else:
+        _print_table(result)
+    return 0
+
+
+def _parse_profile(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or not 1 <= int(match.group(1)) <= int(match.group(2)):
+        raise UserError(f"--profile: {text!r} is not START:STOP with 1 ≤ START ≤ STOP, such as 3:5")
+    return int(match.group(1)), int(match.group(2))
+
+
+def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
+    from deltal_jax.config import dump_config
+    from deltal_jax.training.describe import batch_arithmetic, formula, memory_estimate
+    from deltal_jax.training.run_folder import check_run_folder
+    from deltal_jax.training.setup import make_setup
+
+    if name is None:
+        raise UserError("config: --dry-run needs an experiment")
+    config = load_config(name, overrides)
+    check_run_folder(config)
+    setup = make_setup(config)
+    counts, memory = batch_arithmetic(config), memory_estimate(config, setup.architecture)
+    if as_json:
+        print(json.dumps({"batch": counts, "memory_bytes": memory, "formula": formula(config)}))
+        return 0
+    print(dump_config(config))
+    print(formula(config), end="\n\n")
+    for key, value in counts.items():
+        print(f"{key.replace('_', ' '):32}{value:>14,}")
+    print()
+    for key, value in memory.items():
+        print(f"{'memory, ' + key.replace('_', ' '):32}{value / 2**20:>14,.1f} MiB")
+    return 0
+
+
+def _print_table(result) -> None:
+    from deltal_jax.analysis.statistics import wilson_interval
+
+    print(f"\n{'':24}{'warm-up':>16}{'now (step ' + str(result.step) + ')':>18}")
+    rows = (("accuracy (avg@k)", "avg_at_k"), ("pass@k", "pass_at_k"), ("length", "length"))
+    for label, key in (*rows, ("truncated", "truncated_frac")):
+        if key in result.before:
+            figures = (
+                f"{r[key]:.1f}" if key == "length" else f"{r[key]:.3f}" for r in both(result)
+            )
+            print(f"{label:24}{next(figures):>16}{next(figures):>18}")
+    if result.after:
+        intervals = [wilson_interval(r["avg_at_k"], r["problems"] * r["k"]) for r in both(result)]
+        shown = [f"{low:.3f} – {high:.3f}" for low, high in intervals]
+        print(f"{'95 % interval':24}{shown[0]:>16}{shown[1]:>18}")
+    print(f"\nwall time  {result.seconds:.0f} s\nrun        {result.run_dir}")
+    if result.report is not None:
+        print(f"report     {result.report}")
+
+
+def both(result) -> tuple[dict[str, float], dict[str, float]]:
+    """The evaluations before and after RL."""
+    return result.before, result.after

@@ -1,0 +1,38 @@
+"""Problems to padded prompts, addressed by their position in a stream, so that order resumes
+exactly."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from deltal_jax.data.tokenizer import Tokenizer
+from deltal_jax.errors import UserError
+from deltal_jax.tasks.base import Problem, Task
+from deltal_jax.types import Prompts
+
+
+def training_problems(task: Task, seed: int, start: int, count: int) -> list[Problem]:
+    """The problems at positions start … start + count − 1 of the training stream."""
+    return [task.problem(seed, position) for position in range(start, start + count)]
+
+
+def encode_prompts(
+    problems: Sequence[Problem], tokenizer: Tokenizer, width: int, start: int = 0
+) -> Prompts:
+    """BOS and the prompt's ids, padded on the right to `width`; `start` is the first position.
+
+    Raises UserError for a prompt over `width` tokens.
+    """
+    tokens = np.zeros((len(problems), width), np.int32)
+    lengths = np.zeros(len(problems), np.int32)
+    for row, problem in enumerate(problems):
+        ids = [tokenizer.bos_id, *tokenizer.encode(problem.prompt)]
+        if len(ids) > width:
+            raise UserError(
+                f"rollout.max_prompt_length: {width} is too short for {problem.prompt!r}, which "
+                f"takes {len(ids)} tokens"
+            )
+        tokens[row, : len(ids)] = ids
+        lengths[row] = len(ids)
+    positions = np.arange(start, start + len(problems), dtype=np.int32)
+    return Prompts(tokens=tokens, lengths=lengths, positions=positions)

@@ -1,0 +1,78 @@
+"""Metrics to a JSON-lines file and TensorBoard events."""
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends one object a line: `step`, `phase`, then the metrics; a value that is not finite is
+    null.
+
+    `keep_bytes` cuts an existing file back to a checkpoint's position, so that a resumed run does
+    not repeat lines.
+    """
+
+    def __init__(self, folder: Path, *, keep_bytes: int = 0, tensorboard: bool = True):
+        path = folder / FILE_NAME
+        self._file = path.open("ab")
+        self._file.truncate(min(keep_bytes, path.stat().st_size))
+        self._tensorboard: Any = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+
+    @property
+    def bytes_written(self) -> int:
+        """Size of the file so far."""
+        return self._file.tell()
+
+    def write(self, step: int, phase: str, metrics: dict[str, float]) -> None:
+        """Append one line and flush it."""
+        values = {name: _finite(value) for name, value in metrics.items()}
+        line = json.dumps({"step": step, "phase": phase, **values})
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                if value is not None:
+                    tag = f"warm-up/{name}" if phase == "sft" else name
+                    self._tensorboard.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _finite(value: float) -> float | None:
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def load_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON objects, one a line.
+
+    A last line that is not a whole object is one still being written: it is left out. Any other
+    such line (a run was killed inside it and later resumed) is left out with a warning.
+    Raises FileNotFoundError when there is no such file.
+    """
+    # str.splitlines would also cut at U+2028 and its like, which a JSON string may hold.
+    lines = path.read_bytes().decode("utf-8", "replace").rstrip("\n").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number < len(lines):
+            warnings.warn(f"{path}, line {number}: not a JSON object, left out", stacklevel=2)
+    return rows

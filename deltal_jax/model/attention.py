@@ -1,0 +1,67 @@
+"""Rotary positions, attention over whole rows and over a cache."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+#: Added to the scores that a query may not see; finite, so that a row that sees nothing stays
+#: finite.
+MASKED = -1e30
+
+
+def rope(
+    x: Float[Array, "N T H d"], positions: Int[Array, "N T"], theta: float
+) -> Float[Array, "N T H d"]:
+    """Rotary position embedding, half-split: pairs are (x_j, x_{j + d/2}).
+
+    Source: Su et al., arXiv 2104.09864.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def attend_rows(
+    q: Float[Array, "N T H d"],
+    k: Float[Array, "N T K d"],
+    v: Float[Array, "N T K d"],
+    segment_ids: Int[Array, "N T"],
+) -> Float[Array, "N T H d"]:
+    """Causal attention inside the segments of each row: token i sees j ≤ i of its own segment."""
+    T = q.shape[1]
+    causal = jnp.tril(jnp.ones((T, T), bool))
+    visible = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return _grouped_attention(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), visible)
+
+
+def attend_cache(
+    q: Float[Array, "N 1 H d"],
+    k: Float[Array, "N K T d"],
+    v: Float[Array, "N K T d"],
+    positions: Int[Array, "N 1"],
+) -> Float[Array, "N 1 H d"]:
+    """Attention of one new token a row over its cache, whose first `position + 1` entries are
+    valid."""
+    visible = jnp.arange(k.shape[2])[None, None, :] <= positions[:, :, None]
+    return _grouped_attention(q, k, v, visible)
+
+
+def _grouped_attention(
+    q: Float[Array, "N Q H d"],
+    k: Float[Array, "N K T d"],
+    v: Float[Array, "N K T d"],
+    visible: Bool[Array, "N Q T"],
+) -> Float[Array, "N Q H d"]:
+    """Softmax attention; query head h reads key-value head h // (H / K). Softmax in float32."""
+    N, Q, H, d = q.shape
+    K = k.shape[1]
+    grouped = q.reshape(N, Q, K, H // K, d).transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum("nkgqd,nktd->nkgqt", grouped, k).astype(jnp.float32) * d**-0.5
+    scores = jnp.where(visible[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("nkgqt,nktd->nkgqd", weights, v)
+    return out.transpose(0, 3, 1, 2, 4).reshape(N, Q, H, d)

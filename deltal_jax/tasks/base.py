@@ -1,0 +1,62 @@
+"""What a task is: problems, and a verdict on a response."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One prompt with what is needed to verify a response to it. `answer` is plain JSON data."""
+
+    prompt: str
+    answer: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the verifier says of one response.
+
+    `reward` is what training maximises, None when the verifier could not decide; `correct` is the
+    task's own accuracy, apart from any shaping of the reward; `reason` is for people; `answer` is
+    the final answer in a normal form (empty if there is none), for majority votes.
+    """
+
+    reward: float | None
+    correct: bool
+    reason: str
+    answer: str = ""
+
+
+class Task(Protocol):
+    """A source of problems with a verifier. Problems are addressed by position, so order
+    resumes."""
+
+    @property
+    def name(self) -> str:
+        """The task's name in metrics."""
+        ...
+
+    def vocabulary(self) -> list[str]:
+        """Every word that prompts and responses are made of, for training a small tokenizer."""
+        ...
+
+    def problem(self, seed: int, position: int) -> Problem:
+        """The training problem at a position of the stream of this seed; never a held-out one."""
+        ...
+
+    def held_out(self, count: int) -> list[Problem]:
+        """`count` evaluation problems, the same for every seed."""
+        ...
+
+    def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:
+        """An endless stream of (prompt, response) pairs for the supervised warm-up."""
+        ...
+
+    def parse_problem(self, text: str) -> Problem:
+        """A problem that a person typed. Raises UserError that shows the form."""
+        ...
+
+    def verify(self, response: str, answer: Any) -> Verdict:
+        """Judge one response. Never executes it."""
+        ...

@@ -1,0 +1,106 @@
+"""Responses to rewards. A missing reward (None from a reward function) stays missing: never a
+zero."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from deltal_jax.errors import UserError
+from deltal_jax.tasks.base import Problem, Task, Verdict
+
+#: `fn(prompts, responses, answers) -> rewards`, one number or None (missing) a response.
+RewardFunction = Callable[[list[str], list[str], list[Any]], Sequence[float | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """A named reward function and its weight in the total."""
+
+    fn: RewardFunction
+    name: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise UserError(f"rewards: {self.fn!r} is not a function(prompts, responses, answers)")
+        if not self.name:
+            object.__setattr__(self, "name", getattr(self.fn, "__name__", "reward").strip("<>"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Grades:
+    """The verdicts on a batch of responses. `rewards` is NaN where missing."""
+
+    rewards: np.ndarray
+    correct: np.ndarray
+    verdicts: list[Verdict]
+    #: Every named reward apart, NaN where missing.
+    parts: dict[str, np.ndarray]
+
+
+def as_rewards(items: Sequence[Reward | RewardFunction | str] | None) -> list[Reward | str]:
+    """Normalise what `train(rewards=…)` takes; "task" stands for the task's own verifier."""
+    rewards: list[Reward | str] = []
+    for item in items if items is not None else ["task"]:
+        if isinstance(item, str) and item != "task":
+            raise UserError(f"rewards: {item!r} is not known; the only name is 'task'")
+        rewards.append(item if isinstance(item, (Reward, str)) else Reward(item))
+    if not rewards:
+        raise UserError("rewards: the list is empty; leave it out to use the task's verifier")
+    names = [item if isinstance(item, str) else item.name for item in rewards]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"rewards: two are named {name!r}; give each Reward(fn, name=…) its own"
+            )
+    return rewards
+
+
+def grade(
+    task: Task,
+    problems: Sequence[Problem],
+    responses: Sequence[str],
+    rewards: Sequence[Reward | str] = ("task",),
+) -> Grades:
+    """Verify every response and total its rewards: Σ weight·reward, missing if any part is missing.
+
+    `correct` is always the task's own verdict, whatever the rewards are.
+    """
+    verdicts = [
+        task.verify(response, problem.answer)
+        for problem, response in zip(problems, responses, strict=True)
+    ]
+    parts: dict[str, np.ndarray] = {}
+    total = np.zeros(len(responses), np.float64)
+    for item in rewards:
+        if isinstance(item, str):
+            name, weight, values = task.name, 1.0, [v.reward for v in verdicts]
+        else:
+            name, weight, values = item.name, item.weight, _call(item, problems, responses)
+        parts[name] = np.asarray([math.nan if v is None else v for v in values], np.float64)
+        total += weight * parts[name]
+    return Grades(
+        rewards=total.astype(np.float32),
+        correct=np.asarray([verdict.correct for verdict in verdicts]),
+        verdicts=verdicts,
+        parts=parts,
+    )
+
+
+def _call(
+    reward: Reward, problems: Sequence[Problem], responses: Sequence[str]
+) -> Sequence[float | None]:
+    prompts = [problem.prompt for problem in problems]
+    answers = [problem.answer for problem in problems]
+    values = list(reward.fn(prompts, list(responses), answers))
+    if len(values) != len(responses):
+        raise UserError(
+            f"rewards: {reward.name!r} gave {len(values)} rewards for {len(responses)} responses"
+        )
+    for value in values:
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"rewards: {reward.name!r} gave {value}; a missing reward is None")
+    return values

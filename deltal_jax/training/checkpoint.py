@@ -1,0 +1,93 @@
+"""Orbax checkpoints of a whole run: state, position, tokenizer."""
+
+import base64
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from deltal_jax.errors import UserError
+from deltal_jax.types import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run is: all that is not an array. Plain JSON."""
+
+    phase: str  # "sft" or "rl"
+    step: int  # finished steps of that phase
+    next_prompt: int  # position in the stream of training problems
+    metrics_bytes: int  # size of metrics.jsonl
+
+
+class Checkpoints:
+    """The checkpoints under `folder`, numbered by the steps of both phases together."""
+
+    def __init__(self, folder: Path, keep_last: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, create=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, number: int, state: TrainState, position: Position, tokenizer: bytes) -> None:
+        """Write one checkpoint and wait until it is complete."""
+        if number in self._manager.all_steps():
+            return
+        meta = {
+            "position": dataclasses.asdict(position),
+            "tokenizer": base64.b64encode(tokenizer).decode("ascii"),
+        }
+        self._manager.save(
+            number,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_tree(state)), meta=ocp.args.JsonSave(meta)
+            ),
+        )
+        self._manager.wait_until_finished()
+
+    def newest(self) -> int | None:
+        """The number of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def read_meta(self, number: int) -> tuple[Position, bytes]:
+        """Position and tokenizer of a checkpoint."""
+        restored = self._manager.restore(
+            number, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        )
+        meta = restored["meta"]
+        return Position(**meta["position"]), base64.b64decode(meta["tokenizer"])
+
+    def read_state(self, number: int, abstract: TrainState) -> TrainState:
+        """The state, in the shapes and types of `abstract`.
+
+        Raises UserError where the checkpoint is of another model or optimizer.
+        """
+        target = _tree(abstract)
+        try:
+            restored = self._manager.restore(
+                number, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            )
+        except Exception as error:
+            raise UserError(
+                f"checkpoint {number} does not hold this model and optimizer: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
+        tree = restored["state"]
+        return dataclasses.replace(abstract, **tree)
+
+    def close(self) -> None:
+        """Release the manager's threads."""
+        self._manager.close()
+
+
+def abstract_state(init: Callable[[], TrainState]) -> TrainState:
+    """Shapes and types of a state without computing it, on the default device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(init)
+    )
+
+
+def _tree(state: TrainState) -> dict[str, Any]:
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}

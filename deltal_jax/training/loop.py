@@ -1,0 +1,412 @@
+"""The training run, top to bottom: warm-up, then rollout → rewards → weights → update, again and
+again."""
+
+import dataclasses
+import json
+import platform
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from deltal_jax.analysis.report import write_report
+from deltal_jax.backend import enable_compile_cache
+from deltal_jax.config import Config, load_config
+from deltal_jax.errors import UserError
+from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics
+from deltal_jax.objective.surrogate import reinforce
+from deltal_jax.progress import ProgressDisplay
+from deltal_jax.rollout.engine import Engine
+from deltal_jax.tasks.grading import Reward, RewardFunction, as_rewards
+from deltal_jax.training import run_folder
+from deltal_jax.training.buckets import make_minibatches, padding_fraction
+from deltal_jax.training.checkpoint import Checkpoints, Position
+from deltal_jax.training.collect import Collected, collect, minibatch_ids
+from deltal_jax.training.describe import formula
+from deltal_jax.training.evaluate import evaluate, write_samples
+from deltal_jax.training.optimizer import learning_rate, make_optimizer
+from deltal_jax.training.setup import (
+    Setup,
+    init_params,
+    make_engine,
+    make_setup,
+    make_token_loss,
+)
+from deltal_jax.training.sft import demonstration_batches
+from deltal_jax.training.step import NonFiniteLoss, Update
+from deltal_jax.training.trained import like_saved
+from deltal_jax.types import TrainState
+
+
+class TrainingError(ArithmeticError):
+    """The run cannot go on; the message says where it stopped and how to resume."""
+
+
+class _Interrupted(Exception):
+    """SIGINT arrived and the state was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run came to. `before` and `after` are the evaluations around RL."""
+
+    run_dir: Path
+    report: Path | None
+    status: str  # "done" or "interrupted"
+    step: int
+    before: dict[str, float]
+    after: dict[str, float]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        plain = dataclasses.asdict(self)
+        return {k: str(v) if isinstance(v, Path) else v for k, v in plain.items()}
+
+
+@dataclasses.dataclass
+class _Run:
+    """The open files and switches of a run; nothing here decides numerics."""
+
+    folder: Path
+    setup: Setup
+    rewards: Sequence[Reward | str]
+    writer: MetricsWriter
+    checkpoints: Checkpoints
+    display: ProgressDisplay
+    profile: tuple[int, int] | None
+    stop_requested: bool = False
+
+    def save(self, state: TrainState, phase: str, step: int) -> float:
+        """Save a checkpoint after `step` finished steps of a phase; returns the seconds it took."""
+        started = time.perf_counter()
+        config = self.setup.config
+        number = step + (config.sft.steps if phase == "rl" else 0)
+        next_prompt = step * config.rl.prompts_per_step if phase == "rl" else 0
+        position = Position(phase, step, next_prompt, self.writer.bytes_written)
+        self.checkpoints.save(number, state, position, self.setup.tokenizer.to_bytes())
+        return time.perf_counter() - started
+
+    def resume_command(self) -> str:
+        """What to type to go on."""
+        return f"deltal train run.dir={self.folder} --resume"
+
+
+def train(
+    experiment: str | Path | None = "countdown-tiny",
+    overrides: dict[str, Any] | None = None,
+    *,
+    rewards: Sequence[Reward | RewardFunction | str] | None = None,
+    resume: bool = False,
+    profile: tuple[int, int] | None = None,
+    quiet: bool = False,
+) -> TrainResult:
+    """Run an experiment: a config file or the name of one that comes with the package.
+
+    `overrides` are dotted config fields. `rewards` replaces the task's verifier as what is
+    maximised: functions `fn(prompts, responses, answers) -> rewards` (None = missing), `Reward(fn,
+    name, weight)`, or "task" for the verifier itself; held-out accuracy is always the task's.
+    `resume` goes on from the newest checkpoint. `profile` = (start, stop) traces those RL steps
+    with the JAX profiler.
+
+    Raises UserError for bad input and TrainingError if the loss becomes NaN.
+    """
+    started = time.monotonic()
+    enable_compile_cache()
+    overrides = dict(overrides or {})
+    wanted = as_rewards(rewards)
+    display = ProgressDisplay(quiet=quiet)
+    if resume:
+        name = None if experiment is None else str(experiment)
+        folder, config = run_folder.reopen_run_folder(name, overrides, overrides.get("run.dir"))
+        if name is not None and (drift := run_folder.drifted_fields(name, config)):
+            display.say(f"note: the run's own config holds, {name} differs in {', '.join(drift)}")
+    else:
+        folder, config = run_folder.create_run_folder(_load(experiment, overrides))
+    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep_last)
+    newest = checkpoints.newest() if resume else None
+    position, tokenizer = Position("sft", 0, 0, 0), None
+    if newest is not None:
+        position, tokenizer = checkpoints.read_meta(newest)
+    setup = make_setup(config, tokenizer)
+    writer = MetricsWriter(
+        folder, keep_bytes=position.metrics_bytes, tensorboard=config.run.tensorboard
+    )
+    run = _Run(folder, setup, wanted, writer, checkpoints, display, profile)
+    _announce(run, newest, position)
+    try:
+        with _interruptible(run):
+            step, status = _run_phases(run, newest, position)
+    finally:
+        display.stop()
+        writer.close()
+        checkpoints.close()
+    return _finish(run, step, status, time.monotonic() - started)
+
+
+def _load(experiment: str | Path | None, overrides: dict[str, Any]) -> Config:
+    if experiment is None:
+        raise UserError("config: name an experiment; `deltal configs` lists them")
+    return load_config(experiment, overrides)
+
+
+def _run_phases(run: _Run, newest: int | None, position: Position) -> tuple[int, str]:
+    """Warm-up and RL from wherever the checkpoint is; returns the RL step and how it ended."""
+    setup, config = run.setup, run.setup.config
+    key = jax.random.key(config.seed, impl="threefry2x32")
+    warm_up = Update(
+        setup.graphdef, make_optimizer(config.sft.optimizer, config.sft.steps), reinforce
+    )
+    token_loss, token_meter = make_token_loss(config)
+    policy = Update(
+        setup.graphdef,
+        make_optimizer(config.rl.optimizer, config.rl.steps),
+        token_loss,
+        token_meter=token_meter,
+        temperature=config.rollout.temperature,
+    )
+    init_key, run_key = jax.random.split(key)
+    if newest is None:
+        state = warm_up.init(init_params(setup, init_key), run_key)
+    else:
+        state = run.checkpoints.read_state(newest, like_saved(setup, position.phase))
+    step = position.step if position.phase == "rl" else 0
+    evaluator = make_engine(setup, temperature=config.evaluate.temperature)
+    try:
+        if position.phase == "sft":
+            state = _warm_up(run, warm_up, state, position.step)
+            state = policy.init(state.params, state.key)
+            _evaluate(run, evaluator, state, 0)
+            run.save(state, "rl", 0)
+        step = _reinforce(run, policy, evaluator, state, step)
+    except _Interrupted as interrupt:
+        return int(interrupt.args[0]), "interrupted"
+    return step, "done"
+
+
+def _warm_up(run: _Run, update: Update, state: TrainState, done: int) -> TrainState:
+    """Supervised steps done+1 … sft.steps."""
+    config = run.setup.config.sft
+    batches = demonstration_batches(run.setup.config, run.setup.task, run.setup.tokenizer)
+    schedule = learning_rate(config.optimizer, config.steps)
+    run.display.start("warm-up", done, config.steps)
+    pending, tokens, clock = [], 0, time.perf_counter()
+    for step, batch in enumerate(islice(batches, done, config.steps), start=done + 1):
+        state, metrics = update.single(state, batch)
+        pending.append((step, batch.tokens.shape, metrics))
+        tokens += int(np.sum(batch.loss_mask))
+        if step % config.log_every == 0 or step == config.steps or run.stop_requested:
+            _refuse_non_finite(run, pending)
+            seconds = time.perf_counter() - clock
+            line = {
+                "sft/loss": float(np.mean([float(m["loss"]) for _, _, m in pending])),
+                "optim/grad_norm": float(metrics["optim/grad_norm"]),
+                "optim/lr": float(np.asarray(schedule(step - 1))),
+                "throughput/tokens_per_s": tokens / seconds,
+                "time/update": seconds,
+            }
+            if step % config.log_every == 0 or step == config.steps:
+                run.writer.write(step, "sft", line)
+                pending, tokens, clock = [], 0, time.perf_counter()
+            shown = {"loss": line["sft/loss"], "tokens/s": line["throughput/tokens_per_s"]}
+            run.display.update(step, shown)
+        if run.stop_requested:
+            run.save(state, "sft", step)
+            raise _Interrupted(0)
+    return state
+
+
+def _reinforce(run: _Run, update: Update, evaluator: Engine, state: TrainState, done: int) -> int:
+    """RL steps done+1 … rl.steps, with evaluations and checkpoints; returns the last step."""
+    config = run.setup.config
+    engine = make_engine(run.setup, temperature=config.rollout.temperature)
+    run.display.start("RL", done, config.rl.steps)
+    accuracy, saving = float("nan"), 0.0
+    for step in range(done + 1, config.rl.steps + 1):
+        clock = time.perf_counter()
+        with _profiled(run, step):
+            batch = collect(
+                run.setup, engine, state.params, state.key, step=step - 1, rewards=run.rewards
+            )
+            try:
+                state, metrics = update_policy(config, update, state, batch)
+            except NonFiniteLoss as error:
+                raise _stopped(run, "RL", step, error) from error
+        seconds = time.perf_counter() - clock
+        metrics |= batch.metrics | {
+            "throughput/tokens_per_s": float(batch.rollout.response_lengths.sum()) / seconds,
+            "time/checkpoint": saving,
+        }
+        run.writer.write(step, "rl", metrics)
+        if config.evaluate.every and step % config.evaluate.every == 0:
+            accuracy = _evaluate(run, evaluator, state, step)
+        saving = 0.0
+        due = config.checkpoint.every and step % config.checkpoint.every == 0
+        if due or step == config.rl.steps or run.stop_requested:
+            saving = run.save(state, "rl", step)
+        shown = {
+            "accuracy": accuracy,
+            "reward": metrics["reward/mean"],
+            "length": metrics["length/mean"],
+            "tokens/s": metrics["throughput/tokens_per_s"],
+        }
+        run.display.update(step, {k: v for k, v in shown.items() if np.isfinite(v)})
+        if run.stop_requested and step < config.rl.steps:
+            raise _Interrupted(step)
+    last = max(done, config.rl.steps)
+    if last and not (config.evaluate.every and last % config.evaluate.every == 0):
+        _evaluate(run, evaluator, state, last)
+    return last
+
+
+def update_policy(
+    config: Config, update: Update, state: TrainState, batch: Collected
+) -> tuple[TrainState, dict[str, float]]:
+    """All optimizer updates on one rollout batch: epochs × mini-batches."""
+    minibatches = make_minibatches(
+        batch.rollout,
+        minibatch_ids(config, batch.rollout),
+        advantages=batch.advantages,
+        weights=batch.weights,
+        edges=config.length_buckets,
+        tokens_per_microbatch=config.rl.tokens_per_microbatch,
+    )
+    clock = time.perf_counter()
+    if config.objective.old_logprobs == "recompute":
+        minibatches = [
+            [
+                dataclasses.replace(b, old_logprobs=np.asarray(update.logprobs(state.params, b)))
+                for b in buckets
+            ]
+            for buckets in minibatches
+        ]
+    recomputed = time.perf_counter()
+    schedule = learning_rate(config.rl.optimizer, config.rl.steps)
+    rate = float(np.asarray(schedule(int(state.updates))))
+    reports = []
+    for _ in range(config.rl.epochs_per_rollout):
+        for buckets in minibatches:
+            state, report = update(state, buckets)
+            reports.append(report)
+    meters = reports[0].meters
+    for report in reports[1:]:
+        meters = meters.merge(report.meters)
+    norms = {k: float(np.mean([r.norms[k] for r in reports])) for k in reports[0].norms}
+    return state, {
+        "policy/loss": float(np.mean([r.loss for r in reports])),
+        **meters.values(),
+        **norms,
+        "optim/lr": rate,
+        "throughput/padding_frac": padding_fraction([b for bs in minibatches for b in bs]),
+        "time/old_logprob": recomputed - clock,
+        "time/update": time.perf_counter() - recomputed,
+    }
+
+
+def _evaluate(run: _Run, engine: Engine, state: TrainState, step: int) -> float:
+    clock = time.perf_counter()
+    result = evaluate(run.setup, engine, state.params, state.key)
+    seconds = {"time/evaluate": time.perf_counter() - clock}
+    run.writer.write(step, "eval", result.metrics | seconds)
+    rows = run.setup.config.evaluate.rows
+    write_samples(run.folder / run_folder.SAMPLES, step, result, rows)
+    prefix = f"eval/{run.setup.task.name}"
+    accuracy, truncated = (result.metrics[f"{prefix}/{k}"] for k in ("avg_at_k", "truncated_frac"))
+    run.display.say(
+        f"step {step}: accuracy {accuracy:.3f} on {run.setup.config.evaluate.problems} held-out "
+        f"problems ({result.metrics[f'{prefix}/distinct']:.0f} distinct), "
+        f"length {result.metrics[f'{prefix}/length']:.1f}, truncated {truncated:.3f}"
+    )
+    return accuracy
+
+
+def _announce(run: _Run, newest: int | None, position: Position) -> None:
+    config = run.setup.config
+    said = formula(config)
+    facts = {
+        "formula": said,
+        "environment": {
+            "jax": jax.__version__,
+            "backend": f"{jax.default_backend()} × {jax.device_count()}",
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+        },
+    }
+    run_folder.write_text(run.folder / run_folder.SUMMARY, json.dumps(facts, indent=1) + "\n")
+    run.display.say(f"run folder: {run.folder}")
+    run.display.say(said)
+    if newest is not None:
+        run.display.say(f"resumed after {position.step} steps of {position.phase}")
+        if position.phase == "rl" and position.step >= config.rl.steps:
+            run.display.say(
+                f"rl.steps: all {position.step} steps are done; resume with more to go on"
+            )
+
+
+def _finish(run: _Run, step: int, status: str, seconds: float) -> TrainResult:
+    evaluations = [line for line in load_metrics(run.folder / FILE_NAME) if line["phase"] == "eval"]
+    figures = [
+        {k.rsplit("/", 1)[-1]: v for k, v in line.items() if k.startswith("eval/")}
+        | {"step": line["step"]}
+        for line in evaluations
+    ]
+    report = write_report(run.folder) if run.setup.config.run.report else None
+    if status == "interrupted":
+        run.display.say(f"interrupted after RL step {step}; go on with: {run.resume_command()}")
+    before, after = (figures[0], figures[-1]) if figures else ({}, {})
+    return TrainResult(run.folder, report, status, step, before, after, seconds)
+
+
+def _refuse_non_finite(run: _Run, pending: list) -> None:
+    for step, (rows, width), metrics in pending:
+        if not np.isfinite(float(metrics["loss"])):
+            what = f"loss {float(metrics['loss'])} in bucket {rows} rows of {width} tokens"
+            raise _stopped(run, "warm-up", step, what)
+
+
+def _stopped(run: _Run, phase: str, step: int, what: object) -> TrainingError:
+    newest = run.checkpoints.newest()
+    saved = f"last good checkpoint: {newest}" if newest is not None else "no checkpoint yet"
+    return TrainingError(f"{phase} step {step}: {what}; {saved} in {run.folder}")
+
+
+@contextmanager
+def _profiled(run: _Run, step: int) -> Iterator[None]:
+    """Trace this step if it is among the wanted ones (both ends inclusive)."""
+    first, last = run.profile or (0, -1)
+    if step == first:
+        jax.profiler.start_trace(str(run.folder / "profile"))
+    try:
+        yield
+    finally:
+        if first <= step and step == min(last, run.setup.config.rl.steps):
+            jax.profiler.stop_trace()
+
+
+@contextmanager
+def _interruptible(run: _Run) -> Iterator[None]:
+    """The first SIGINT asks for a stop after the current step; the second one ends at once."""
+
+    def request(signum: int, frame: Any) -> None:
+        del frame
+        if run.stop_requested:
+            raise KeyboardInterrupt
+        run.stop_requested = True
+        run.display.say(f"{signal.Signals(signum).name}: saving after this step …")
+
+    try:
+        previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the caller's own handling applies
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

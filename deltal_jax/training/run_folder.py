@@ -1,0 +1,137 @@
+"""The folder of a run: created once, never overwritten, found again for resume."""
+
+import dataclasses
+import datetime
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deltal_jax.config import Config, dump_config, load_config
+from deltal_jax.errors import UserError
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+SAMPLES = "samples"
+SUMMARY = "summary.json"
+RUNS = "runs"
+
+#: Fields that a resumed run may change: they alter how far or how it is watched, not what it
+#: computes.
+CHANGEABLE = (
+    "run.",
+    "rl.steps",
+    "rl.tokens_per_microbatch",
+    "sft.log_every",
+    "rollout.slots",
+    "evaluate.",
+    "checkpoint.",
+)
+
+
+def create_run_folder(config: Config) -> tuple[Path, Config]:
+    """A new folder that holds the resolved config. Raises UserError if a named one is in use."""
+    if config.run.dir is None:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        folder = _unused(Path(RUNS) / f"{config.run.name}-{stamp}")
+    else:
+        check_run_folder(config)
+        folder = Path(config.run.dir)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG, dump_config(config))
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {folder}: {error.strerror}") from error
+    return folder, config
+
+
+def check_run_folder(config: Config) -> None:
+    """Raises UserError if the named run folder is in use. Writes nothing."""
+    if config.run.dir is None:
+        return
+    folder = Path(config.run.dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run.dir: {folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"run.dir: {folder} exists already; add --resume to go on with it, or name another"
+        )
+
+
+def reopen_run_folder(
+    name: str | None, overrides: dict[str, Any], run_dir: str | None
+) -> tuple[Path, Config]:
+    """The folder to resume and its own config with the overrides on top.
+
+    Without `run_dir`, the newest run under runs/ of the experiment `name`. Raises UserError if
+    there is none, or if an override changes what the run computes.
+    """
+    folder = Path(run_dir) if run_dir is not None else _newest_run(name)
+    stored = load_run_config(folder)
+    changes = {key: value for key, value in overrides.items() if key != "run.dir"}
+    config = load_config(folder / CONFIG, {**changes, "run.dir": str(folder)})
+    before, after = (_flat(dataclasses.asdict(c)) for c in (stored, config))
+    for key in changes:
+        if before[key] != after[key] and not key.startswith(CHANGEABLE):
+            raise UserError(
+                f"{key}: the run was started with {before[key]!r} and cannot go on with "
+                f"{after[key]!r}; start a new run instead"
+            )
+    write_text(folder / CONFIG, dump_config(config))
+    return folder, config
+
+
+def load_run_config(folder: Path) -> Config:
+    """The resolved config of a run. Raises UserError where the folder is not a run."""
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"run.dir: {folder} is not a run folder (it has no {CONFIG})")
+    return load_config(folder / CONFIG)
+
+
+def drifted_fields(name: str, stored: Config) -> list[str]:
+    """Fields in which the experiment file `name` differs by now from the run's own config."""
+    before, after = (_flat(dataclasses.asdict(c)) for c in (stored, load_config(name)))
+    own = ("run.", *CHANGEABLE)
+    return [k for k in before if before[k] != after[k] and not k.startswith(own)]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole: a reader sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _newest_run(name: str | None) -> Path:
+    stem = Path(name).stem if name else ""
+    found = sorted(Path(RUNS).glob(f"{stem}*/{CONFIG}"), key=lambda p: p.stat().st_mtime)
+    found = [path for path in found if not stem or _run_name(path) == stem]
+    if not found:
+        raise UserError(
+            f"--resume: no run of {name or 'any experiment'} under {RUNS}/; name run.dir"
+        )
+    return found[-1].parent
+
+
+def _run_name(path: Path) -> str:
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return tree.get("run", {}).get("name", "") if isinstance(tree, dict) else ""
+
+
+def _unused(folder: Path) -> Path:
+    candidate, number = folder, 2
+    while candidate.exists():
+        candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    return candidate
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,85 @@
+"""From a config to the parts of a run: task, tokenizer, model definition, engines, token loss."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+
+from deltal_jax.config import Config
+from deltal_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_word_tokenizer
+from deltal_jax.model.transformer import Architecture, init_model, split_model
+from deltal_jax.objective.surrogate import SURROGATES, ratio_diagnostics
+from deltal_jax.rollout.engine import Engine, SamplingOptions
+from deltal_jax.tasks.base import Task
+from deltal_jax.tasks.countdown import CountDown
+from deltal_jax.training.step import TokenLoss, TokenMeter
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What stays fixed during a run."""
+
+    config: Config
+    task: Task
+    tokenizer: Tokenizer
+    architecture: Architecture
+    graphdef: nnx.GraphDef
+
+
+def make_setup(config: Config, tokenizer_model: bytes | None = None) -> Setup:
+    """The parts that a config names; the tokenizer comes from its bytes or is trained anew."""
+    task = make_task(config)
+    if tokenizer_model is None:
+        tokenizer = train_word_tokenizer(task.vocabulary())
+    else:
+        tokenizer = SentencePieceTokenizer(tokenizer_model)
+    architecture = make_architecture(config, tokenizer.vocab_size)
+    abstract = nnx.eval_shape(lambda: init_model(architecture, jax.random.key(0)))
+    return Setup(config, task, tokenizer, architecture, nnx.split(abstract)[0])
+
+
+def make_task(config: Config) -> Task:
+    """The task of a config."""
+    task = config.task
+    return CountDown(task.numbers, task.max_number, task.max_value)
+
+
+def make_architecture(config: Config, vocab: int) -> Architecture:
+    """The model's shape, defaults filled in."""
+    model = dataclasses.asdict(config.model)
+    model["kv_heads"] = model["kv_heads"] or model["heads"]
+    model["head_dim"] = model["head_dim"] or model["d_model"] // model["heads"]
+    return Architecture(vocab=vocab, **model)
+
+
+def init_params(setup: Setup, key: jax.Array) -> Any:
+    """Fresh parameters, in one compiled program."""
+    return jax.jit(lambda key: split_model(init_model(setup.architecture, key))[1])(key)
+
+
+def make_engine(setup: Setup, *, temperature: float, slots: int | None = None) -> Engine:
+    """A sampler for this model."""
+    rollout = setup.config.rollout
+    options = SamplingOptions(
+        slots=slots or rollout.slots,
+        max_response_length=rollout.max_response_length,
+        eos_ids=setup.tokenizer.eos_ids,
+        temperature=temperature,
+    )
+    return Engine(setup.graphdef, options)
+
+
+def make_token_loss(config: Config) -> tuple[TokenLoss, TokenMeter | None]:
+    """The surrogate of a config with its options bound, and its per-token meters."""
+    objective = config.objective
+    surrogate = SURROGATES[objective.surrogate]
+    if objective.surrogate == "reinforce":
+        return surrogate, None
+    clips = {
+        "clip_low": objective.clip_low,
+        "clip_high": objective.clip_high,
+        "dual_clip": objective.dual_clip,
+    }
+    return functools.partial(surrogate, **clips), functools.partial(ratio_diagnostics, **clips)

@@ -1,0 +1,67 @@
+"""Supervised warm-up: next-token loss on a task's demonstrations, batches of one padded length
+each."""
+
+import bisect
+from collections.abc import Iterator
+
+import numpy as np
+
+from deltal_jax.config import Config
+from deltal_jax.data.tokenizer import Tokenizer
+from deltal_jax.tasks.base import Task
+from deltal_jax.training.buckets import bucket_rows, make_buckets
+from deltal_jax.types import Bucket, Rollout
+
+Row = tuple[list[int], int]  # token ids, prompt length
+
+
+def demonstration_batches(config: Config, task: Task, tokenizer: Tokenizer) -> Iterator[Bucket]:
+    """An endless, deterministic stream of batches of about `sft.tokens_per_batch` padded tokens.
+
+    Demonstrations wait in one list for each bucket until they fill a batch; its loss is the mean
+    over its response tokens. Rows longer than the last bucket are left out.
+    """
+    edges, budget = config.length_buckets, config.sft.tokens_per_batch
+    waiting: dict[int, list[Row]] = {edge: [] for edge in edges}
+    for prompt, response in task.demonstrations(config.seed):
+        head = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        ids = [*head, *tokenizer.encode(response), tokenizer.eos_ids[0]]
+        at = bisect.bisect_left(edges, len(ids))
+        if at == len(edges):
+            continue
+        rows = waiting[edges[at]]
+        rows.append((ids, len(head)))
+        if len(rows) == bucket_rows(edges[at], budget):
+            yield _batch(rows, edges[at], budget)
+            rows.clear()
+
+
+def _batch(rows: list[Row], edge: int, budget: int) -> Bucket:
+    tokens = np.zeros((len(rows), edge), np.int32)
+    for line, (ids, _) in zip(tokens, rows, strict=True):
+        line[: len(ids)] = ids
+    lengths = np.asarray([len(ids) for ids, _ in rows], np.int32)
+    prompts = np.asarray([prompt for _, prompt in rows], np.int32)
+    at = np.arange(edge)[None, :]
+    mask = (at >= prompts[:, None]) & (at < lengths[:, None])
+    zeros = np.zeros(tokens.shape, np.float32)
+    everything = np.arange(len(rows))
+    demonstrations = Rollout(
+        tokens=tokens,
+        prompt_lengths=prompts,
+        lengths=lengths,
+        loss_mask=mask,
+        logprobs=zeros,
+        truncated=np.zeros(len(rows), bool),
+        group_ids=everything.astype(np.int32),
+    )
+    (bucket,) = make_buckets(
+        demonstrations,
+        everything,
+        advantages=np.ones(len(rows), np.float32),
+        weights=np.full(len(rows), 1.0 / mask.sum(), np.float32),
+        old_logprobs=zeros,
+        edges=(edge,),
+        tokens_per_microbatch=budget,
+    )
+    return bucket

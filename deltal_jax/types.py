@@ -1,0 +1,82 @@
+"""The pytrees that flow through a step. No logic beyond derived shapes.
+
+Alphabet: P prompts, G samples a prompt, B = P·G responses, N rows, T tokens, S segments, V
+vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Tokenised prompts, padded on the right; in host memory."""
+
+    tokens: Int[np.ndarray, "P Tp"]
+    lengths: Int[np.ndarray, " P"]
+    #: Position of each prompt in the data stream: the counter that sampling randomness is keyed by.
+    positions: Int[np.ndarray, " P"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Sampled responses, each row `prompt tokens, response tokens, padding`; in host memory.
+
+    `loss_mask` marks the tokens that the policy sampled and that are trained (EOS included). It may
+    have holes: tool or environment tokens are attended to, never trained, never counted in L_i.
+    """
+
+    tokens: Int[np.ndarray, "B T"]
+    prompt_lengths: Int[np.ndarray, " B"]
+    #: Prompt plus response: everything that is attended to.
+    lengths: Int[np.ndarray, " B"]
+    loss_mask: Bool[np.ndarray, "B T"]
+    #: Log-probability of each sampled token under the distribution it was drawn from; 0 elsewhere.
+    logprobs: Float[np.ndarray, "B T"]
+    #: Whether the response reached the length limit without an end-of-sequence token.
+    truncated: Bool[np.ndarray, " B"]
+    #: Row of `Prompts` that each response answers.
+    group_ids: Int[np.ndarray, " B"]
+
+    @property
+    def response_lengths(self) -> Int[np.ndarray, " B"]:
+        """L_i: the number of trained tokens of each response."""
+        return self.loss_mask.sum(axis=1, dtype=np.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """One micro-batch of a fixed shape: rows of tokens, each token owned by one segment (response).
+
+    `segment_ids` of padding is S (out of range), so that every segment reduction drops it. Rows of
+    a bucket that hold no response have weight 0 and an empty loss mask.
+    """
+
+    tokens: Int[jax.Array, "N T"]
+    positions: Int[jax.Array, "N T"]
+    segment_ids: Int[jax.Array, "N T"]
+    loss_mask: Bool[jax.Array, "N T"]
+    sampler_logprobs: Float[jax.Array, "N T"]
+    old_logprobs: Float[jax.Array, "N T"]
+    advantages: Float[jax.Array, " S"]
+    weights: Float[jax.Array, " S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that an update changes. `key` is the root of all randomness and stays constant:
+    draws are keyed by counters (step, round, prompt position, sample, token), never by history."""
+
+    params: Any
+    opt_state: Any
+    #: Optimizer updates done in this phase.
+    updates: Int[jax.Array, ""]
+    key: Shaped[jax.Array, ""]
