@@ -18,7 +18,7 @@ def rope(
     """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
@@ -34,7 +34,7 @@ def attend_rows(
     """Causal attention inside the segments of each row: token i sees j ≤ i of its own segment."""
     T = q.shape[1]
     causal = jnp.tril(jnp.ones((T, T), bool))
-    visible = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    visible = causal[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
     return _grouped_attention(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), visible)
 
 
