@@ -1,6 +1,7 @@
 """A strict JAX for the whole suite: eight virtual devices, checked shapes, no rank promotion."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -11,11 +12,19 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 ).strip()
 
+# Both workers, and the next run, share what was compiled.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla")
+)
+
 import hypothesis
 import jax
 from jaxtyping import install_import_hook
 
+from deltal_jax.backend import enable_compile_cache
+
 install_import_hook(["deltal_jax.objective", "deltal_jax.model"], "beartype.beartype")
+enable_compile_cache()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)

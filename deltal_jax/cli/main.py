@@ -61,3 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ArithmeticError as error:
         print(f"deltal: {error}", file=sys.stderr)
         return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -161,7 +161,9 @@ def _run_phases(run: _Run, newest: int | None, position: Position) -> tuple[int,
     setup, config = run.setup, run.setup.config
     key = jax.random.key(config.seed, impl="threefry2x32")
     warm_up = Update(
-        setup.graphdef, make_optimizer(config.sft.optimizer, config.sft.steps), reinforce
+        setup.graphdef,
+        make_optimizer(config.sft.optimizer, config.sft.steps),
+        reinforce,
     )
     token_loss, token_meter = make_token_loss(config)
     policy = Update(

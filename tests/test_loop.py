@@ -1,0 +1,223 @@
+"""Whole runs: they learn, resume bit for bit, stop cleanly, and leave what they promise."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from deltal_jax import Reward, TrainingError, train
+from deltal_jax.errors import UserError
+from deltal_jax.metrics import load_metrics
+from deltal_jax.training.trained import load_trained
+
+#: Two numbers, one layer: learns in seconds, on the same code path as the real experiment.
+SMALL = {
+    "task.numbers": 2,
+    "task.max_number": 5,
+    "task.max_value": 25,
+    "model.layers": 1,
+    "model.d_model": 32,
+    "model.head_dim": 16,
+    "model.d_ff": 64,
+    "length_buckets": [24, 56],
+    "rollout.max_prompt_length": 7,
+    "rollout.max_response_length": 48,
+    "rollout.slots": 8,
+    "sft.tokens_per_batch": 480,
+    "rl.tokens_per_microbatch": 480,
+    "evaluate.problems": 64,
+}
+#: Every switch that adds state or order: mini-batches, epochs, recomputed log-probabilities.
+RESUMABLE = SMALL | {
+    "sft.steps": 3,
+    "sft.log_every": 1,
+    "rl.steps": 4,
+    "rl.prompts_per_step": 4,
+    "rl.samples_per_prompt": 4,
+    "rl.updates_per_rollout": 2,
+    "rl.epochs_per_rollout": 2,
+    "objective.old_logprobs": "recompute",
+    "objective.scope": "minibatch",
+    "evaluate.every": 2,
+    "evaluate.problems": 16,
+    "run.report": False,
+    "run.tensorboard": False,
+}
+
+
+def length_reward(prompts, responses, answers):
+    """Differs within every group, so that an untrained model has something to learn from."""
+    return [len(response) / 10 for response in responses]
+
+
+def timeless(path):
+    """Metric lines without clocks."""
+    lines = load_metrics(path / "metrics.jsonl")
+    return [
+        {k: v for k, v in x.items() if not k.startswith(("time/", "throughput/"))} for x in lines
+    ]
+
+
+def parameters(path):
+    return jax.tree.map(np.asarray, load_trained(path, {}).params)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """One short run of the real loop."""
+    folder = tmp_path_factory.mktemp("learned") / "run"
+    options = {
+        "sft.steps": 400,
+        "rl.steps": 40,
+        "rl.optimizer.learning_rate": 1e-3,
+        "evaluate.every": 0,
+        "evaluate.problems": 256,
+        "checkpoint.every": 15,
+    }
+    overrides = SMALL | options | {"run.dir": str(folder)}
+    return train("countdown-tiny", overrides, quiet=True)
+
+
+def test_a_short_run_learns(learned):
+    """The gain in accuracy is over four standard errors of its difference: no luck."""
+    lines = load_metrics(learned.run_dir / "metrics.jsonl")
+    accuracies = [x["accuracy/mean"] for x in lines if x["phase"] == "rl"]
+    before, after = np.mean(accuracies[:5]), np.mean(accuracies[-10:])
+    error = math.sqrt(before * (1 - before) / (5 * 128) + after * (1 - after) / (10 * 128))
+    assert after - before > 4 * error
+    assert learned.after["avg_at_k"] > learned.before["avg_at_k"]
+    losses = [x["sft/loss"] for x in lines if x["phase"] == "sft"]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_run_folder_holds_what_it_promises(learned):
+    folder = learned.run_dir
+    assert learned.status == "done" and learned.step == 40
+    assert learned.report == folder / "report.html" and learned.report.stat().st_size > 20_000
+    assert (folder / "config.yaml").is_file()
+    assert list((folder / "tensorboard").glob("events*"))
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir() if p.name.isdigit()) == [
+        "430",
+        "440",
+    ]
+    table = (folder / "samples" / "step-000040.md").read_text().splitlines()
+    assert len(table) == 2 + 16
+    rows = [
+        json.loads(x) for x in (folder / "samples" / "step-000040.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) == 256
+    assert np.mean([row["correct"] for row in rows]) == pytest.approx(learned.after["avg_at_k"])
+
+
+def test_metric_lines_have_the_standard_names(learned):
+    lines = load_metrics(learned.run_dir / "metrics.jsonl")
+    assert [x["step"] for x in lines if x["phase"] == "rl"] == list(range(1, 41))
+    assert [x["step"] for x in lines if x["phase"] == "eval"] == [0, 40]
+    names = """reward/mean reward/std reward/frac_zero_std length/mean length/min length/max
+        length/p5 length/p50 length/p95 length/truncated_frac length/correct_mean length/wrong_mean
+        advantage/mean advantage/min advantage/max policy/loss policy/entropy policy/approx_kl
+        policy/clip_frac_low policy/clip_frac_high policy/ratio_max mismatch/logprob_diff_mean
+        mismatch/logprob_diff_max mismatch/kl optim/lr optim/grad_norm optim/update_norm
+        aggregation/weight_min aggregation/weight_max aggregation/ess aggregation/bias_factor
+        aggregation/predicted_cv time/rollout time/reward time/old_logprob time/update
+        time/checkpoint throughput/tokens_per_s throughput/padding_frac rollout/utilization"""
+    last = next(x for x in reversed(lines) if x["phase"] == "rl")
+    assert set(names.split()) <= set(last)
+    evaluation = lines[-1]
+    for name in "avg_at_k pass_at_k maj_at_k length truncated_frac distinct".split():
+        assert f"eval/countdown/{name}" in evaluation
+    assert last["aggregation/bias_factor"] == pytest.approx(1.0, abs=1e-5)
+    assert last["mismatch/logprob_diff_max"] < 1e-4
+    assert last["policy/ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert last["optim/lr"] == pytest.approx(1e-3)
+
+
+def test_two_steps_and_two_more_are_four_steps_bit_for_bit(tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train("countdown-tiny", RESUMABLE | {"run.dir": str(whole)}, quiet=True)
+    train("countdown-tiny", RESUMABLE | {"run.dir": str(halves), "rl.steps": 2}, quiet=True)
+    resumed = train(None, {"run.dir": str(halves), "rl.steps": 4}, resume=True, quiet=True)
+    assert resumed.step == 4 and resumed.status == "done"
+    assert timeless(halves) == timeless(whole)
+    jax.tree.map(np.testing.assert_array_equal, parameters(halves), parameters(whole))
+    for name in ("step-000002.jsonl", "step-000004.jsonl"):
+        assert (halves / "samples" / name).read_text() == (whole / "samples" / name).read_text()
+    again = train(None, {"run.dir": str(halves)}, resume=True, quiet=True)
+    assert again.step == 4
+    assert timeless(halves) == timeless(whole)
+
+
+def test_a_resumed_run_refuses_what_would_change_it(tmp_path):
+    folder = tmp_path / "run"
+    options = RESUMABLE | {"run.dir": str(folder), "rl.steps": 0, "sft.steps": 1}
+    train("countdown-tiny", options, quiet=True)
+    with pytest.raises(UserError, match=r"objective\.alpha: .* 1\.0 .* 0\.5"):
+        train(None, {"run.dir": str(folder), "objective.alpha": 0.5}, resume=True, quiet=True)
+    with pytest.raises(UserError, match="exists already"):
+        train("countdown-tiny", options, quiet=True)
+
+
+def test_user_rewards_replace_the_verifier_and_missing_ones_are_left_out(tmp_path):
+    seen = {}
+
+    def brevity(prompts, responses, answers):
+        assert len(prompts) == len(responses) == len(answers) == 16
+        seen["answer"] = answers[0]
+        return [None if i == 3 else -len(r) / 100 for i, r in enumerate(responses)]
+
+    folder = tmp_path / "run"
+    train(
+        "countdown-tiny",
+        RESUMABLE | {"run.dir": str(folder), "rl.steps": 1},
+        rewards=[Reward(brevity, weight=2.0), "task"],
+        quiet=True,
+    )
+    (line,) = (x for x in load_metrics(folder / "metrics.jsonl") if x["phase"] == "rl")
+    assert set(seen["answer"]) == {"numbers", "target"}
+    assert line["reward/missing"] == 1
+    assert line["reward/brevity/mean"] < 0 <= line["reward/countdown/mean"]
+    assert line["reward/mean"] < line["reward/brevity/mean"] + 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_bucket(tmp_path):
+    options = RESUMABLE | {
+        "run.dir": str(tmp_path / "run"),
+        "rl.optimizer.learning_rate": 1e30,
+        "rl.optimizer.clip_norm": None,
+        "rl.optimizer.warmup_steps": 0,
+    }
+    with pytest.raises(
+        TrainingError, match=r"RL step \d: .*(bucket \d|gradient norm).* last good checkpoint: 3"
+    ):
+        train("countdown-tiny", options, rewards=[length_reward], quiet=True)
+
+
+def test_an_interrupt_saves_and_resume_finishes_as_if_nothing_had_happened(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = RESUMABLE | {"rl.steps": 12, "evaluate.every": 0, "checkpoint.every": 0}
+    train("countdown-tiny", options | {"run.dir": str(whole)}, quiet=True)
+    items = [f"{k}={json.dumps(v)}" for k, v in (options | {"run.dir": str(broken)}).items()]
+    command = [sys.executable, "-m", "deltal_jax.cli.main", "train", "countdown-tiny", *items]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    deadline = time.monotonic() + 300
+    metrics = broken / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and '"phase": "rl"' in metrics.read_text():
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.02)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert f"deltal train run.dir={broken} --resume" in errors
+    steps = [x["step"] for x in load_metrics(metrics) if x["phase"] == "rl"]
+    assert 1 <= len(steps) < 12, "the signal came too late to test anything"
+    train(None, {"run.dir": str(broken)}, resume=True, quiet=True)
+    assert timeless(broken) == timeless(whole)
+    jax.tree.map(np.testing.assert_array_equal, parameters(broken), parameters(whole))

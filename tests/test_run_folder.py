@@ -1,0 +1,250 @@
+"""Run folders: created once, never overwritten, found again, and changed only where allowed."""
+
+import dataclasses
+import os
+import re
+
+import pytest
+
+from deltal_jax.config import Config, RunConfig, describe_fields, dump_config, load_config
+from deltal_jax.errors import UserError
+from deltal_jax.training import run_folder
+from deltal_jax.training.run_folder import (
+    check_run_folder,
+    create_run_folder,
+    drifted_fields,
+    load_run_config,
+    reopen_run_folder,
+    write_text,
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def config(**run) -> Config:
+    return dataclasses.replace(Config(), run=RunConfig(**run))
+
+
+def everything_under(folder) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def test_a_new_run_gets_a_time_stamped_folder_that_holds_its_config(tmp_path):
+    folder, resolved = create_run_folder(config(name="trial"))
+    assert re.fullmatch(r"runs/trial-\d{8}-\d{6}", str(folder))
+    assert resolved == config(name="trial", dir=str(folder))
+    assert load_run_config(folder) == resolved
+    assert everything_under(folder).keys() == {"config.yaml"}
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own():
+    folders = [create_run_folder(config(name="trial"))[0] for _ in range(5)]
+    assert len(set(folders)) == 5
+    assert all(load_run_config(folder).run.dir == str(folder) for folder in folders)
+
+
+def test_a_named_folder_is_used_as_it_is_with_its_parents(tmp_path):
+    folder, resolved = create_run_folder(config(dir="a/b/c"))
+    assert (str(folder), resolved.run.dir) == ("a/b/c", "a/b/c")
+    assert load_run_config(tmp_path / "a" / "b" / "c") == resolved
+
+
+def test_an_empty_folder_may_be_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    folder, resolved = create_run_folder(config(dir="empty"))
+    assert load_run_config(folder) == resolved
+
+
+@pytest.mark.parametrize("inside", ["config.yaml", ".hidden", "checkpoints"])
+def test_a_folder_in_use_is_refused_and_nothing_is_written(tmp_path, inside):
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / inside).mkdir() if inside == "checkpoints" else (used / inside).write_text("mine")
+    before = everything_under(tmp_path)
+    for refuse in (create_run_folder, check_run_folder):
+        with pytest.raises(UserError, match=r"^run.dir: used exists already; add --resume"):
+            refuse(config(dir="used"))
+    assert everything_under(tmp_path) == before
+
+
+def test_a_file_in_the_way_is_refused_and_kept(tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    for refuse in (create_run_folder, check_run_folder):
+        with pytest.raises(UserError, match=r"^run.dir: taken is a file; name a folder$"):
+            refuse(config(dir="taken"))
+    with pytest.raises(UserError, match=r"^run.dir: cannot write to taken/below: Not a directory$"):
+        create_run_folder(config(dir="taken/below"))
+    assert everything_under(tmp_path) == {"taken": b"mine"}
+
+
+def test_checking_writes_nothing(tmp_path):
+    check_run_folder(config())
+    check_run_folder(config(dir="new/folder"))
+    assert everything_under(tmp_path) == {}
+
+
+def test_a_run_is_reopened_with_the_config_that_it_was_started_with():
+    folder, started = create_run_folder(load_config("countdown-tiny", {"seed": 7}))
+    assert reopen_run_folder(None, {}, str(folder)) == (folder, started)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rl.steps", 777),
+        ("rl.tokens_per_microbatch", 512),
+        ("sft.log_every", 3),
+        ("rollout.slots", 5),
+        ("evaluate.every", 9),
+        ("evaluate.problems", 11),
+        ("checkpoint.every", 13),
+        ("checkpoint.keep_last", 4),
+        ("run.tensorboard", False),
+        ("run.report", False),
+    ],
+)
+def test_how_far_and_how_watched_may_change_and_the_folder_remembers(field, value):
+    folder, started = create_run_folder(load_config("countdown-tiny"))
+    section, name = field.split(".")
+    assert getattr(getattr(started, section), name) != value
+    _, changed = reopen_run_folder(None, {field: value}, str(folder))
+    assert getattr(getattr(changed, section), name) == value
+    restored = dataclasses.replace(changed, **{section: getattr(started, section)})
+    assert restored == started, "nothing else changes"
+    assert reopen_run_folder(None, {}, str(folder)) == (folder, changed)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "before", "after"),
+    [
+        ("seed", 1, "0", "1"),
+        ("model.layers", 9, "3", "9"),
+        ("objective.alpha", 0.75, "1.0", "0.75"),
+        ("objective.aggregation", "token_mean", "'delta_l'", "'token_mean'"),
+        ("rl.optimizer.learning_rate", 1e-6, "0.0003", "1e-06"),
+        ("rl.samples_per_prompt", 4, "8", "4"),
+        ("sft.steps", 1, "3200", "1"),
+        ("rollout.temperature", 0.5, "1.0", "0.5"),
+        ("length_buckets", [64, 200], "(32, 64, 128, 200)", "(64, 200)"),
+    ],
+)
+def test_what_the_run_computes_may_not_change(field, value, before, after, tmp_path):
+    folder, _ = create_run_folder(load_config("countdown-tiny"))
+    written = everything_under(tmp_path)
+    with pytest.raises(UserError) as refused:
+        reopen_run_folder(None, {field: value}, str(folder))
+    assert str(refused.value) == (
+        f"{field}: the run was started with {before} and cannot go on with {after}; "
+        "start a new run instead"
+    )
+    assert everything_under(tmp_path) == written
+
+
+def test_an_override_that_repeats_the_stored_value_is_no_change():
+    folder, started = create_run_folder(load_config("countdown-tiny"))
+    same = {"seed": 0, "objective.alpha": 1, "length_buckets": [32, 64, 128, 200]}
+    assert reopen_run_folder(None, same, str(folder)) == (folder, started)
+
+
+def test_an_override_of_a_whole_section_is_judged_field_by_field():
+    folder, started = create_run_folder(load_config("countdown-tiny"))
+    with pytest.raises(UserError, match=r"objective"):
+        reopen_run_folder(None, {"objective": {"alpha": 0.5}}, str(folder))
+    assert load_run_config(folder) == started
+
+
+def test_a_moved_run_is_reopened_where_it_is_now(tmp_path):
+    folder, _ = create_run_folder(config(dir="old"))
+    folder.rename(tmp_path / "new")
+    reopened, resolved = reopen_run_folder(None, {"run.dir": "new"}, "new")
+    assert (str(reopened), resolved.run.dir) == ("new", "new")
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "file"])
+def test_what_is_no_run_cannot_be_reopened(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=rf"^run.dir: {name} is not a run folder"):
+        reopen_run_folder(None, {}, name)
+
+
+def aged_run(name: str, folder: str, age: int) -> str:
+    create_run_folder(config(name=name, dir=f"runs/{folder}"))
+    path = f"runs/{folder}/config.yaml"
+    when = os.stat(path).st_mtime - age
+    os.utime(path, (when, when))
+    return f"runs/{folder}"
+
+
+def test_the_newest_run_of_a_name_is_found_and_no_other():
+    aged_run("trial", "trial-1", age=300)
+    newest = aged_run("trial", "trial-0", age=100)
+    aged_run("trial", "trial-2", age=200)
+    longer = aged_run("trial-longer", "trial-longer-9", age=0)
+    assert str(reopen_run_folder("trial", {}, None)[0]) == newest
+    assert str(reopen_run_folder("configs/trial.yaml", {}, None)[0]) == newest
+    assert str(reopen_run_folder("trial-longer", {}, None)[0]) == longer
+
+
+def test_without_a_name_the_newest_run_of_all_is_found():
+    aged_run("one", "one-1", age=100)
+    newest = aged_run("two", "two-1", age=50)
+    assert str(reopen_run_folder(None, {}, None)[0]) == newest
+
+
+def test_a_dot_in_an_experiments_name_belongs_to_the_name():
+    newest = aged_run("qwen2.5-math", "qwen2.5-math-1", age=0)
+    assert str(reopen_run_folder("qwen2.5-math.yaml", {}, None)[0]) == newest
+    assert str(reopen_run_folder("qwen2.5-math", {}, None)[0]) == newest
+
+
+def test_no_run_to_resume_is_said_with_the_name():
+    with pytest.raises(UserError, match=r"^--resume: no run of trial under runs/; name run.dir$"):
+        reopen_run_folder("trial", {}, None)
+    aged_run("trial-longer", "trial-longer-1", age=0)
+    with pytest.raises(UserError, match=r"^--resume: no run of trial under runs/"):
+        reopen_run_folder("trial", {}, None)
+
+
+def test_drift_names_the_fields_in_which_the_experiment_file_changed(tmp_path):
+    path = tmp_path / "trial.yaml"
+    path.write_text("seed: 1\nobjective: {alpha: 0.5}\nrl: {steps: 5}\n")
+    _, stored = create_run_folder(load_config(path))
+    assert drifted_fields(str(path), stored) == []
+    path.write_text("seed: 2\nobjective: {alpha: 0.75}\nrl: {steps: 9}\n")
+    assert drifted_fields(str(path), stored) == ["seed", "objective.alpha"]
+
+
+def test_every_changeable_prefix_names_a_field():
+    names = [name for name, *_ in describe_fields()]
+    for prefix in run_folder.CHANGEABLE:
+        assert any(name.startswith(prefix) for name in names), prefix
+
+
+def test_writing_replaces_the_file_as_a_whole_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "config.yaml"
+    write_text(path, "old")
+    held = path.open(encoding="utf-8")
+    write_text(path, "new Δ")
+    with held:
+        assert held.read() == "old", "a reader that had opened it sees the old text"
+    assert everything_under(tmp_path) == {"config.yaml": "new Δ".encode()}
+
+
+def test_a_write_that_fails_keeps_the_old_text(tmp_path):
+    path = tmp_path / "config.yaml"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+    assert path.read_text() == "old"
+
+
+def test_the_stored_config_is_the_dump_of_the_resolved_one():
+    folder, resolved = create_run_folder(load_config("countdown-tiny"))
+    assert (folder / "config.yaml").read_text(encoding="utf-8") == dump_config(resolved)

@@ -1,0 +1,171 @@
+"""Surrogates: every branch against a scalar transcription of the papers, values and gradients."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deltal_jax.objective.surrogate import SURROGATES, clipped, ratio_diagnostics, reinforce
+
+LOW, HIGH = 0.2, 0.3
+DUALS = [None, 3.0, 10.0]
+
+
+def ppo(logprob: float, old: float, advantage: float, dual: float | None) -> tuple:
+    """(loss, its derivative by logprob, branch) of one token, by cases."""
+    moving = abs(logprob - old) < 20
+    ratio = math.exp(min(max(logprob - old, -20.0), 20.0))
+    slope = -advantage * ratio if moving else 0.0
+    if advantage > 0 and ratio > 1 + HIGH:
+        return -advantage * (1 + HIGH), 0.0, "high"
+    if advantage < 0 and ratio < 1 - LOW:
+        return -advantage * (1 - LOW), 0.0, "low"
+    if advantage < 0 and dual is not None and ratio > dual:
+        return -advantage * dual, 0.0, "dual"
+    return -advantage * ratio, slope, "inside"
+
+
+#: Log-ratios on both sides of every edge, none within rounding of one.
+LOG_RATIOS = [math.log(r) for r in (1e-3, 0.5, 0.79, 0.81, 0.95, 1, 1.2, 1.29, 1.31, 2, 2.9, 3.1)]
+LOG_RATIOS += [math.log(r) for r in (9.9, 10.1, 100.0)] + [-30.0, -19.0, 19.0, 21.0]
+ADVANTAGES = [-2.0, -0.3, 0.0, 0.7, 1.5]
+OLD = -1.7
+
+
+@functools.cache
+def compiled(dual: float | None):
+    def loss(logprobs, old, advantages):
+        losses = clipped(logprobs, old, advantages, clip_low=LOW, clip_high=HIGH, dual_clip=dual)
+        return jnp.sum(losses), losses
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def grid() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    cases = np.asarray(list(itertools.product(LOG_RATIOS, ADVANTAGES)))
+    return OLD + cases[:, 0], np.full(len(cases), OLD), cases[:, 1]
+
+
+@pytest.mark.parametrize("dual", DUALS)
+@pytest.mark.parametrize("x64", [True, False])
+def test_every_branch_has_the_value_and_the_gradient_of_the_scalar_form(dual, x64):
+    by_hand = [ppo(*case, dual) for case in zip(*grid(), strict=True)]
+    branches = {branch for *_, branch in by_hand}
+    assert branches == {"inside", "high", "low"} | ({"dual"} if dual else set())
+    with jax.enable_x64(x64):
+        arrays = (jnp.asarray(x, float) for x in grid())
+        (_, losses), gradient = compiled(dual)(*arrays)
+    # A float32 log-ratio of 20 is rounded by 1e-6, and so is the ratio's logarithm.
+    rtol = 1e-12 if x64 else 4e-6
+    np.testing.assert_allclose(losses, [loss for loss, *_ in by_hand], rtol=rtol)
+    np.testing.assert_allclose(gradient, [slope for _, slope, _ in by_hand], rtol=rtol)
+
+
+@pytest.mark.parametrize("dual", DUALS)
+def test_the_gradient_is_exactly_zero_wherever_the_ratio_is_clipped(dual):
+    _, gradient = compiled(dual)(*(jnp.asarray(x, jnp.float32) for x in grid()))
+    branches = [ppo(*case, dual)[2] for case in zip(*grid(), strict=True)]
+    out = np.asarray([branch != "inside" for branch in branches])
+    np.testing.assert_array_equal(np.asarray(gradient)[out], 0.0)
+
+
+@given(
+    st.floats(-3, 3).filter(lambda x: min(abs(math.exp(x) - e) for e in (0.8, 1.3, 3, 10)) > 1e-3),
+    st.floats(-5, 5),
+    st.sampled_from(DUALS),
+)
+def test_any_token_has_the_scalar_form(log_ratio, advantage, dual):
+    loss, slope, _ = ppo(OLD + log_ratio, OLD, advantage, dual)
+    with jax.enable_x64(True):
+        arrays = (jnp.asarray([x], float) for x in (OLD + log_ratio, OLD, advantage))
+        (_, losses), gradient = compiled(dual)(*arrays)
+    assert float(losses[0]) == pytest.approx(loss, rel=1e-12)
+    assert float(gradient[0]) == pytest.approx(slope, rel=1e-12)
+
+
+@pytest.mark.parametrize("dual", DUALS)
+def test_at_ratio_one_the_gradient_is_reinforces_and_the_loss_is_minus_the_advantage(dual):
+    logprobs = jnp.asarray([-0.1, -2.0, -7.5, -0.0])
+    advantages = jnp.asarray([1.5, -2.0, 0.0, 0.3])
+    (_, losses), gradient = compiled(dual)(logprobs, logprobs, advantages)
+    of_reinforce = jax.grad(lambda x: jnp.sum(reinforce(x, x, advantages)))(logprobs)
+    np.testing.assert_array_equal(losses, -advantages)
+    np.testing.assert_array_equal(gradient, of_reinforce)
+    np.testing.assert_array_equal(gradient, -advantages)
+
+
+def test_reinforce_is_minus_advantage_times_logprob_whatever_the_old_ones_are():
+    logprobs, advantages = jnp.asarray([-0.5, -2.0, -4.0]), jnp.asarray([2.0, -3.0, 0.0])
+    for old in (jnp.zeros(3), jnp.full(3, -50.0), jnp.full(3, jnp.nan)):
+        loss = reinforce(logprobs, old, advantages)
+        np.testing.assert_array_equal(loss, [1.0, -6.0, 0.0])
+    gradient = jax.grad(lambda x: jnp.sum(reinforce(x, logprobs, advantages)))(logprobs)
+    np.testing.assert_array_equal(gradient, [-2.0, 3.0, 0.0])
+
+
+def test_the_clip_range_is_asymmetric():
+    ratio = jnp.asarray([0.5, 0.95, 1.4, 5.0])
+    losses = clipped(jnp.log(ratio), jnp.zeros(4), jnp.ones(4), clip_low=0.1, clip_high=0.5)
+    np.testing.assert_allclose(losses, [-0.5, -0.95, -1.4, -1.5], rtol=1e-6)
+    losses = clipped(jnp.log(ratio), jnp.zeros(4), -jnp.ones(4), clip_low=0.1, clip_high=0.5)
+    np.testing.assert_allclose(losses, [0.9, 0.95, 1.4, 5.0], rtol=1e-6)
+
+
+def test_without_a_dual_clip_a_negative_advantage_has_no_upper_bound():
+    far = jnp.asarray([math.log(1000.0)])
+    bound = dict(clip_low=LOW, clip_high=HIGH)
+    free = clipped(far, jnp.zeros(1), -jnp.ones(1), **bound)
+    held = clipped(far, jnp.zeros(1), -jnp.ones(1), **bound, dual_clip=3.0)
+    np.testing.assert_allclose([free[0], held[0]], [1000.0, 3.0], rtol=1e-6)
+
+
+def test_the_ratio_stays_finite_for_any_logprobs():
+    logprobs, old = jnp.asarray([-1e4, 0.0, -3e38]), jnp.asarray([0.0, -1e4, 0.0])
+    for sign in (1.0, -1.0):
+        (_, losses), gradient = compiled(None)(logprobs, old, jnp.full(3, sign))
+        assert np.isfinite(losses).all()
+        np.testing.assert_array_equal(gradient, 0.0)
+
+
+@pytest.mark.parametrize("dual", DUALS)
+def test_the_loss_is_positively_homogeneous_in_the_advantage(dual):
+    """So weighting the token loss equals weighting the advantage, as the reference does."""
+    logprobs, old, advantages = (jnp.asarray(x, jnp.float32) for x in grid())
+    (_, losses), _ = compiled(dual)(logprobs, old, advantages)
+    (_, scaled), _ = compiled(dual)(logprobs, old, advantages * 0.125)
+    np.testing.assert_array_equal(scaled, losses * 0.125)
+
+
+@pytest.mark.parametrize("dual", DUALS)
+def test_diagnostics_name_the_branch_that_was_taken(dual):
+    logprobs, old, advantages = grid()
+    arrays = (jnp.asarray(x, jnp.float32) for x in (logprobs, old, advantages))
+    meters = ratio_diagnostics(*arrays, clip_low=LOW, clip_high=HIGH, dual_clip=dual)
+    branches = [ppo(*case, dual)[2] for case in zip(logprobs, old, advantages, strict=True)]
+    for name in ("high", "low", "dual"):
+        taken = [float(branch == name) for branch in branches]
+        np.testing.assert_array_equal(meters[f"clip_frac_{name}"], taken)
+    np.testing.assert_allclose(meters["approx_kl"], old - logprobs, rtol=1e-6, atol=1e-6)
+    ratio = np.exp(np.clip(logprobs - old, -20, 20))
+    np.testing.assert_allclose(meters["ratio"], ratio, rtol=4e-6)
+
+
+def test_diagnostics_carry_no_gradient():
+    logprobs, old, advantages = (jnp.asarray(x, jnp.float32) for x in grid())
+
+    def total(logprobs):
+        meters = ratio_diagnostics(logprobs, old, advantages, clip_low=LOW, clip_high=HIGH)
+        return sum(jnp.sum(values) for values in meters.values())
+
+    np.testing.assert_array_equal(jax.grad(total)(logprobs), 0.0)
+
+
+@pytest.mark.parametrize("function", [clipped, reinforce])
+def test_the_table_names_every_function_by_its_own_name(function):
+    assert SURROGATES[function.__name__] is function
