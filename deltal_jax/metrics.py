@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class MetricsWriter:
         path = folder / FILE_NAME
         self._file = path.open("ab")
         self._file.truncate(min(keep_bytes, path.stat().st_size))
+        self._file.seek(0, os.SEEK_END)
         self._tensorboard: Any = None
         if tensorboard:
             from tensorboardX import SummaryWriter

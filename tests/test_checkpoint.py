@@ -1,0 +1,65 @@
+"""Checkpoints give back every bit, and refuse to be what they are not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from deltal_jax.errors import UserError
+from deltal_jax.training.checkpoint import Checkpoints, Position, abstract_state
+from deltal_jax.types import TrainState
+
+
+def state(width=3, seed=0, optimizer=None):
+    params = {"w": jax.random.normal(jax.random.key(seed), (width, 4)), "b": jnp.ones(4)}
+    optimizer = optimizer or optax.adam(0.1)
+    key = jax.random.key(7, impl="threefry2x32")
+    return TrainState(params, optimizer.init(params), jnp.asarray(5), key)
+
+
+POSITION = Position("rl", 3, 48, 1234)
+
+
+def test_every_array_comes_back_bit_for_bit(tmp_path):
+    saved = state()
+    first = Checkpoints(tmp_path / "c")
+    first.save(10, saved, POSITION, b"\x00tokenizer\xff")
+    first.close()
+    second = Checkpoints(tmp_path / "c")
+    assert second.newest() == 10
+    assert second.read_meta(10) == (POSITION, b"\x00tokenizer\xff")
+    restored = second.read_state(10, abstract_state(state))
+    second.close()
+    assert jax.tree.structure(restored) == jax.tree.structure(saved)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(saved), strict=True):
+        assert a.dtype == b.dtype
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            assert jax.random.key_impl(a) == jax.random.key_impl(b)
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep_last=2)
+    for number in (1, 2, 5):
+        checkpoints.save(number, state(), POSITION, b"")
+    checkpoints.close()
+    kept = sorted(int(p.name) for p in (tmp_path / "c").iterdir() if p.name.isdigit())
+    assert kept == [2, 5]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, state(), POSITION, b"")
+    with pytest.raises(UserError, match="checkpoint 1 does not hold this model"):
+        checkpoints.read_state(1, abstract_state(lambda: state(width=5)))
+    with pytest.raises(UserError, match="checkpoint 1 does not hold this model"):
+        checkpoints.read_state(1, abstract_state(lambda: state(optimizer=optax.sgd(0.1))))
+    checkpoints.close()
+
+
+def test_an_empty_folder_has_no_newest(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c")
+    assert checkpoints.newest() is None
+    checkpoints.close()

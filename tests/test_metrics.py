@@ -1,0 +1,50 @@
+"""Metric lines are whole, finite JSON, and can be cut back to a checkpoint's position."""
+
+import json
+import math
+
+from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics
+
+
+def test_values_that_are_not_finite_are_null(tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer.write(1, "rl", {"a": math.nan, "b": math.inf, "c": 0.1})
+    writer.close()
+    text = (tmp_path / FILE_NAME).read_text()
+    assert json.loads(text) == {"step": 1, "phase": "rl", "a": None, "b": None, "c": 0.1}
+    assert text.endswith("\n")
+
+
+def test_a_resumed_run_cuts_back_to_the_checkpoint(tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer.write(1, "rl", {"a": 1.0})
+    position = writer.bytes_written
+    writer.write(2, "rl", {"a": 2.0})
+    writer.close()
+    resumed = MetricsWriter(tmp_path, keep_bytes=position, tensorboard=False)
+    assert resumed.bytes_written == position
+    resumed.write(2, "rl", {"a": 3.0})
+    resumed.close()
+    assert [line["a"] for line in load_metrics(tmp_path / FILE_NAME)] == [1.0, 3.0]
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path):
+    (tmp_path / FILE_NAME).write_text("left over\n")
+    MetricsWriter(tmp_path, tensorboard=False).close()
+    assert (tmp_path / FILE_NAME).read_bytes() == b""
+
+
+def test_tensorboard_events_carry_the_same_values(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    writer = MetricsWriter(tmp_path)
+    writer.write(4, "rl", {"reward/mean": 0.25, "skipped": math.nan})
+    writer.close()
+    (path,) = (tmp_path / "tensorboard").glob("events*")
+    data, found = path.read_bytes(), {}
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        found |= {v.tag: (event.step, v.simple_value) for v in event.summary.value}
+        data = data[16 + length :]
+    assert found == {"reward/mean": (4, 0.25)}
