@@ -36,6 +36,7 @@ _HOME = {
     "train": "training.loop",
 }
 
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 import types
 import typing
 from pathlib import Path
@@ -67,11 +68,11 @@ class OptimizerConfig:
     warmup_steps: int = _field(0, "updates of linear warm-up from 0", low=0)
     schedule: Literal["constant", "cosine"] = _field("constant", "shape after the warm-up")
     final_fraction: float = _field(0.05, "where cosine ends, of the peak", low=0.0, high=1.0)
-    b1: float = _field(0.9, "decay of Adam's first moment", low=0.0, high=1.0)
-    b2: float = _field(0.999, "decay of Adam's second moment", low=0.0, high=1.0)
+    b1: float = _field(0.9, "decay of Adam's first moment", low=0.0, high=1 - 1e-9)
+    b2: float = _field(0.999, "decay of Adam's second moment", low=0.0, high=1 - 1e-9)
     epsilon: float = _field(1e-8, "Adam's epsilon", low=0.0)
     weight_decay: float = _field(0.0, "decoupled weight decay", low=0.0)
-    clip_norm: float | None = _field(1.0, "clip of the global gradient norm; null: none", low=0.0)
+    clip_norm: float | None = _field(1.0, "clip of the global gradient norm; null: none", low=1e-9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,12 +164,12 @@ def config_folder() -> Path:
 
 def find_config(name: str) -> Path:
     """The file of a config: a path, or the name of one that comes with the package."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = config_folder() / f"{name.removesuffix('.yaml')}.yaml"
-    if shipped.is_file():
-        return shipped
+    for path in (Path(name), config_folder() / f"{name.removesuffix('.yaml')}.yaml"):
+        try:
+            if path.is_file():
+                return path
+        except (OSError, ValueError):  # a name too long, or with a NUL
+            break
     folder = config_folder()
     known = [str(p.relative_to(folder).with_suffix("")) for p in sorted(folder.rglob("*.yaml"))]
     raise UserError(
@@ -182,7 +183,7 @@ def load_config(name: str | Path, overrides: dict[str, Any] | None = None) -> Co
     path = find_config(str(name))
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
@@ -205,14 +206,15 @@ def parse_overrides(items: list[str]) -> dict[str, Any]:
             raise UserError(f"override {item!r}: expected key.sub=value, such as rl.steps=10")
         try:
             overrides[key] = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise UserError(f"{key}: {text!r} is not valid YAML") from error
+        except (yaml.YAMLError, ValueError) as error:
+            raise UserError(f"{key}: {text[:60]!r} is not valid YAML") from error
     return overrides
 
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, width=100)
+    tree = _plain(dataclasses.asdict(config))
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=100)
 
 
 def describe_fields(kind: type = Config, prefix: str = "") -> list[tuple[str, str, Any, str]]:
@@ -239,9 +241,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would read as a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -252,7 +261,9 @@ def _nearest(name: str, known: list[str]) -> str:
 def _set(tree: dict, key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
         if not isinstance(tree, dict):
             raise UserError(f"{key}: {parent} is a value, not a section")
     tree[last] = value
@@ -305,6 +316,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             raise UserError(f"{path}: expected a list such as [32, 64], got {value!r}")
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > sys.float_info.max:
+            raise UserError(f"{path}: too large for a float")
         return float(value)
     if isinstance(value, bool) is (hint is bool) and isinstance(value, hint):
         return value
@@ -324,7 +337,11 @@ def _bound(value: Any, metadata: Any, path: str) -> None:
 
 def _check(config: Config) -> None:
     """Rules that span fields."""
-    model, rl, rollout = config.model, config.rl, config.rollout
+    model, rl, rollout, task = config.model, config.rl, config.rollout, config.task
+    if task.max_number > task.max_value:
+        raise UserError(
+            f"task.max_number: {task.max_number} is over task.max_value={task.max_value}"
+        )
     kv_heads = model.heads if model.kv_heads is None else model.kv_heads
     if model.heads % kv_heads:
         raise UserError(f"model.kv_heads: {kv_heads} does not divide model.heads={model.heads}")

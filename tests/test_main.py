@@ -231,7 +231,7 @@ def test_fields_lists_every_field_with_type_default_and_meaning(deltal):
 def test_fields_as_json_is_one_document_of_all_fields(deltal):
     code, out, err = deltal("configs", "--fields", "--json")
     assert (code, err) == (0, "")
-    found = [tuple(field.values()) for field in json.loads(out)]
+    found = [tuple(field.values()) for field in json.loads(out)["fields"]]
     expected = [
         (name, kind, list(default) if isinstance(default, tuple) else default, help_)
         for name, kind, default, help_ in describe_fields()

@@ -18,7 +18,8 @@ def run(arguments: argparse.Namespace) -> int:
         fields = describe_fields()
         if arguments.json:
             keys = ("name", "type", "default", "help")
-            print(json.dumps([dict(zip(keys, field, strict=True)) for field in fields]))
+            described = [dict(zip(keys, field, strict=True)) for field in fields]
+            print(json.dumps({"fields": described}))
             return 0
         for name, kind, default, help_ in fields:
             shown = "null" if default is None else default

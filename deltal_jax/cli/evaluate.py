@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument(
-        "overrides",
+        "items",
         nargs="*",
         metavar="key.sub=value",
         help="such as evaluate.samples_per_problem=8 or evaluate.temperature=0",
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     from deltal_jax.training.setup import make_engine
     from deltal_jax.training.trained import load_trained
 
-    trained = load_trained(Path(arguments.run), parse_overrides(arguments.overrides))
+    trained = load_trained(Path(arguments.run), parse_overrides(arguments.items))
     config = trained.setup.config.evaluate
     key = trained.key if arguments.seed is None else jax.random.key(arguments.seed)
     engine = make_engine(trained.setup, temperature=config.temperature)

@@ -46,7 +46,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code."""
-    parsed = make_parser().parse_args(arguments)
+    parser = make_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse takes no positional after an option; `train NAME --json rl.steps=3` should work.
+    if rest and (not hasattr(parsed, "items") or any(item.startswith("-") for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.items += rest
     try:
         return COMMANDS[parsed.command].run(parsed)
     except UserError as error:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
         problem = setup.task.parse_problem(arguments.problem)
     temperature = arguments.temperature
     temperature = config.evaluate.temperature if temperature is None else temperature
-    if temperature < 0:
-        raise UserError(f"--temperature: must be at least 0, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature: must be at least 0 and finite, got {temperature}")
     engine = make_engine(setup, temperature=temperature)
     prompts = encode_prompts([problem], setup.tokenizer, config.rollout.max_prompt_length)
     if not arguments.json:

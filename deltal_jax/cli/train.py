@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     if name is None and not arguments.resume:
         raise UserError("config: name an experiment, such as countdown-tiny; see `deltal configs`")
     profile = _parse_profile(arguments.profile)
+    if arguments.dry_run and arguments.resume:
+        raise UserError("--dry-run: checks a new run; leave out --resume")
     if arguments.dry_run:
         return _dry_run(name, overrides, as_json=arguments.json)
 
@@ -68,13 +70,14 @@ def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
     from deltal_jax.config import dump_config
     from deltal_jax.training.describe import batch_arithmetic, formula, memory_estimate
     from deltal_jax.training.run_folder import check_run_folder
-    from deltal_jax.training.setup import make_setup
+    from deltal_jax.training.setup import check_setup, make_setup
 
     if name is None:
         raise UserError("config: --dry-run needs an experiment")
     config = load_config(name, overrides)
     check_run_folder(config)
     setup = make_setup(config)
+    check_setup(setup)
     counts, memory = batch_arithmetic(config), memory_estimate(config, setup.architecture)
     if as_json:
         print(json.dumps({"batch": counts, "memory_bytes": memory, "formula": formula(config)}))

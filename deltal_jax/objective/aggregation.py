@@ -32,7 +32,7 @@ def delta_l(
     lengths: Num[Array, " B"],
     alpha: float | Float[Array, ""] = 1.0,
     *,
-    normalizer: float | None = None,
+    normalizer: float | int | None = None,
     where: Bool[Array, " B"] | None = None,
     count_masked: bool = False,
     scope_ids: Int[Array, " B"] | None = None,
@@ -60,7 +60,7 @@ def delta_l(
 def constant_length(
     lengths: Num[Array, " B"],
     *,
-    normalizer: float | None = None,
+    normalizer: float | int | None = None,
     where: Bool[Array, " B"] | None = None,
     count_masked: bool = False,
     scope_ids: Int[Array, " B"] | None = None,

@@ -9,7 +9,7 @@ def aggregation_diagnostics(
     lengths: Num[Array, " B"],
     advantages: Float[Array, " B"],
     *,
-    normalizer: float,
+    normalizer: float | int,
     beta: float = 1.0,
 ) -> dict[str, Float[Array, ""]]:
     """Meters of one rollout batch; finite for any weights.

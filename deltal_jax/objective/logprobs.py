@@ -17,7 +17,8 @@ def token_logprobs(
     The temperature is the sampler's: the policy that is trained is the one that was sampled from.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    entropy = log_normalizer - jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
-    return chosen - log_normalizer, entropy
+    logprobs = jax.nn.log_softmax(logits, axis=-1)  # shifted first: exact for large logits
+    chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
+    probabilities = jnp.exp(logprobs)
+    entropy = -jnp.sum(jnp.where(probabilities > 0, probabilities * logprobs, 0.0), axis=-1)
+    return chosen, entropy

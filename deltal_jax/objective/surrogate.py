@@ -1,6 +1,6 @@
 """Policy-gradient surrogates: per-token losses to minimise.
 
-All arguments broadcast against the tokens: `logprobs` of the policy that is trained, `old_logprobs`
+All arguments have the shape of the tokens: `logprobs` of the policy that is trained, `old_logprobs`
 of the policy before this rollout's updates, `advantages` of each token's response. Nothing is
 reduced here: `aggregation.policy_gradient_loss` weighs and sums.
 """

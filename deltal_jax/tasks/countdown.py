@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import islice
 
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.base import Problem, Verdict
@@ -22,6 +23,8 @@ from deltal_jax.tasks.base import Problem, Verdict
 MAX_ANSWER_LENGTH = 400
 #: Deepest nesting of parentheses that is parsed.
 MAX_DEPTH = 50
+#: Most problems that are drawn for one that is held out.
+MAX_DRAWS = 1000
 #: Every tenth class of problems is held out.
 HELD_OUT_CLASSES = 10
 
@@ -65,8 +68,14 @@ class CountDown:
 
     def held_out(self, count: int) -> list[Problem]:
         stream = self._problems(random.Random("countdown/held-out"))
-        kept = (problem for problem, _ in stream if self.is_held_out(problem))
-        return [next(kept) for _ in range(count)]
+        draws = (problem for problem, _ in islice(stream, MAX_DRAWS * count))
+        kept = list(islice(filter(self.is_held_out, draws), count))
+        if len(kept) < count:
+            raise UserError(
+                f"task: too few of the problems with {self.numbers} numbers up to "
+                f"{self.max_number} are held out; raise task.max_number or task.numbers"
+            )
+        return kept
 
     def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:
         rng = random.Random(f"countdown/demonstrations/{seed}")
@@ -75,7 +84,9 @@ class CountDown:
                 yield problem.prompt, self._trace(rng, problem, solution)
 
     def parse_problem(self, text: str) -> Problem:
-        match = re.fullmatch(r"\s*(\d+(?:\s+\d+)+)\s*->\s*(\d+)\s*:?\s*", text, re.ASCII)
+        match = re.fullmatch(
+            r"\s*(\d{1,9}(?:\s+\d{1,9})+)\s*->\s*(\d{1,9})\s*:?\s*", text, re.ASCII
+        )
         if match is None:
             raise UserError(f"problem: {text!r} is not of the form '7 1 5 -> 40'")
         numbers, target = [int(n) for n in match.group(1).split()], int(match.group(2))

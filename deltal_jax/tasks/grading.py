@@ -74,6 +74,10 @@ def grade(
         for problem, response in zip(problems, responses, strict=True)
     ]
     parts: dict[str, np.ndarray] = {}
+    if any(isinstance(item, Reward) and item.name == task.name for item in rewards):
+        raise UserError(
+            f"rewards: {task.name!r} is the task's own name; call Reward(…, name=…) else"
+        )
     total = np.zeros(len(responses), np.float64)
     for item in rewards:
         if isinstance(item, str):

@@ -33,6 +33,7 @@ from deltal_jax.training.evaluate import evaluate, write_samples
 from deltal_jax.training.optimizer import learning_rate, make_optimizer
 from deltal_jax.training.setup import (
     Setup,
+    check_setup,
     init_params,
     make_engine,
     make_setup,
@@ -128,7 +129,10 @@ def train(
         if name is not None and (drift := run_folder.drifted_fields(name, config)):
             display.say(f"note: the run's own config holds, {name} differs in {', '.join(drift)}")
     else:
-        folder, config = run_folder.create_run_folder(_load(experiment, overrides))
+        config = _load(experiment, overrides)
+        run_folder.check_run_folder(config)
+        check_setup(make_setup(config))
+        folder, config = run_folder.create_run_folder(config)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep_last)
     newest = checkpoints.newest() if resume else None
     position, tokenizer = Position("sft", 0, 0, 0), None

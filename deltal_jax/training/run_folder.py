@@ -73,8 +73,10 @@ def reopen_run_folder(
     changes = {key: value for key, value in overrides.items() if key != "run.dir"}
     config = load_config(folder / CONFIG, {**changes, "run.dir": str(folder)})
     before, after = (_flat(dataclasses.asdict(c)) for c in (stored, config))
-    for key in changes:
-        if before[key] != after[key] and not key.startswith(CHANGEABLE):
+    fixed = "rl.steps" if stored.rl.optimizer.schedule != "constant" else None
+    for key in before:
+        changeable = key.startswith(CHANGEABLE) and key != fixed
+        if before[key] != after[key] and not changeable:
             raise UserError(
                 f"{key}: the run was started with {before[key]!r} and cannot go on with "
                 f"{after[key]!r}; start a new run instead"
@@ -105,7 +107,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _newest_run(name: str | None) -> Path:
-    stem = Path(name).stem if name else ""
+    stem = Path(name).name.removesuffix(".yaml") if name else ""
     found = sorted(Path(RUNS).glob(f"{stem}*/{CONFIG}"), key=lambda p: p.stat().st_mtime)
     found = [path for path in found if not stem or _run_name(path) == stem]
     if not found:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
-from deltal_jax.config import Config
+from deltal_jax.config import Config, TaskConfig
+from deltal_jax.data.prompts import encode_prompts
 from deltal_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_word_tokenizer
 from deltal_jax.model.transformer import Architecture, init_model, split_model
 from deltal_jax.objective.surrogate import SURROGATES, ratio_diagnostics
@@ -15,6 +17,14 @@ from deltal_jax.rollout.engine import Engine, SamplingOptions
 from deltal_jax.tasks.base import Task
 from deltal_jax.tasks.countdown import CountDown
 from deltal_jax.training.step import TokenLoss, TokenMeter
+
+
+def _countdown(task: TaskConfig) -> Task:
+    return CountDown(task.numbers, task.max_number, task.max_value)
+
+
+#: What `task.name` may name.
+TASKS: dict[str, Callable[[TaskConfig], Task]] = {"countdown": _countdown}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +50,16 @@ def make_setup(config: Config, tokenizer_model: bytes | None = None) -> Setup:
     return Setup(config, task, tokenizer, architecture, nnx.split(abstract)[0])
 
 
+def check_setup(setup: Setup) -> None:
+    """Raises UserError for what only the task can tell: no held-out problem, too long a prompt."""
+    config = setup.config
+    problems = [*setup.task.held_out(config.evaluate.problems), setup.task.problem(config.seed, 0)]
+    encode_prompts(problems, setup.tokenizer, config.rollout.max_prompt_length)
+
+
 def make_task(config: Config) -> Task:
     """The task of a config."""
-    task = config.task
-    return CountDown(task.numbers, task.max_number, task.max_value)
+    return TASKS[config.task.name](config.task)
 
 
 def make_architecture(config: Config, vocab: int) -> Architecture:
