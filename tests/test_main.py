@@ -231,13 +231,14 @@ def test_fields_lists_every_field_with_type_default_and_meaning(deltal):
 def test_fields_as_json_is_one_document_of_all_fields(deltal):
     code, out, err = deltal("configs", "--fields", "--json")
     assert (code, err) == (0, "")
-    found = [tuple(field.values()) for field in json.loads(out)["fields"]]
+    fields = json.loads(out)["fields"]
+    found = [tuple(field.values()) for field in fields]
     expected = [
         (name, kind, list(default) if isinstance(default, tuple) else default, help_)
         for name, kind, default, help_ in describe_fields()
     ]
     assert found == expected
-    assert all(field.keys() == {"name", "type", "default", "help"} for field in json.loads(out))
+    assert all(field.keys() == {"name", "type", "default", "help"} for field in fields)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
