@@ -120,6 +120,11 @@ class RlConfig:
     tokens_per_microbatch: int = _field(1024, "padded tokens at once; memory only", low=1)
     optimizer: OptimizerConfig = _field(OptimizerConfig, "optimizer of the updates")
 
+    @property
+    def updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.steps * self.updates_per_rollout * self.epochs_per_rollout
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:

@@ -62,7 +62,7 @@ def batch_arithmetic(config: Config) -> dict[str, int]:
         "max_response_tokens_per_step": tokens,
         "sft_updates": config.sft.steps,
         "rl_steps": rl.steps,
-        "rl_updates": updates * rl.steps,
+        "rl_updates": rl.updates,
         "prompts": rl.prompts_per_step * rl.steps,
         "responses": responses * rl.steps,
         "max_response_tokens": tokens * rl.steps,

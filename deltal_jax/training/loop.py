@@ -172,7 +172,7 @@ def _run_phases(run: _Run, newest: int | None, position: Position) -> tuple[int,
     token_loss, token_meter = make_token_loss(config)
     policy = Update(
         setup.graphdef,
-        make_optimizer(config.rl.optimizer, config.rl.steps),
+        make_optimizer(config.rl.optimizer, config.rl.updates),
         token_loss,
         token_meter=token_meter,
         temperature=config.rollout.temperature,
@@ -190,6 +190,8 @@ def _run_phases(run: _Run, newest: int | None, position: Position) -> tuple[int,
             state = policy.init(state.params, state.key)
             _evaluate(run, evaluator, state, 0)
             run.save(state, "rl", 0)
+        if run.stop_requested:
+            raise _Interrupted(step)
         step = _reinforce(run, policy, evaluator, state, step)
     except _Interrupted as interrupt:
         return int(interrupt.args[0]), "interrupted"
@@ -197,7 +199,8 @@ def _run_phases(run: _Run, newest: int | None, position: Position) -> tuple[int,
 
 
 def _warm_up(run: _Run, update: Update, state: TrainState, done: int) -> TrainState:
-    """Supervised steps done+1 … sft.steps."""
+    """Supervised steps done+1 … sft.steps. An interrupt is honoured at the next line of metrics, so
+    that a line never spans a resume."""
     config = run.setup.config.sft
     batches = demonstration_batches(run.setup.config, run.setup.task, run.setup.tokenizer)
     schedule = learning_rate(config.optimizer, config.steps)
@@ -207,24 +210,24 @@ def _warm_up(run: _Run, update: Update, state: TrainState, done: int) -> TrainSt
         state, metrics = update.single(state, batch)
         pending.append((step, batch.tokens.shape, metrics))
         tokens += int(np.sum(batch.loss_mask))
-        if step % config.log_every == 0 or step == config.steps or run.stop_requested:
-            _refuse_non_finite(run, pending)
-            seconds = time.perf_counter() - clock
-            line = {
-                "sft/loss": float(np.mean([float(m["loss"]) for _, _, m in pending])),
-                "optim/grad_norm": float(metrics["optim/grad_norm"]),
-                "optim/lr": float(np.asarray(schedule(step - 1))),
-                "throughput/tokens_per_s": tokens / seconds,
-                "time/update": seconds,
-            }
-            if step % config.log_every == 0 or step == config.steps:
-                run.writer.write(step, "sft", line)
-                pending, tokens, clock = [], 0, time.perf_counter()
-            shown = {"loss": line["sft/loss"], "tokens/s": line["throughput/tokens_per_s"]}
-            run.display.update(step, shown)
-        if run.stop_requested:
+        if step % config.log_every and step < config.steps:
+            continue
+        _refuse_non_finite(run, pending)
+        seconds = time.perf_counter() - clock
+        line = {
+            "sft/loss": float(np.mean([float(m["loss"]) for _, _, m in pending])),
+            "optim/grad_norm": float(metrics["optim/grad_norm"]),
+            "optim/lr": float(np.asarray(schedule(step - 1))),
+            "throughput/tokens_per_s": tokens / seconds,
+            "time/update": seconds,
+        }
+        run.writer.write(step, "sft", line)
+        shown = {"loss": line["sft/loss"], "tokens/s": line["throughput/tokens_per_s"]}
+        run.display.update(step, shown)
+        if run.stop_requested and step < config.steps:
             run.save(state, "sft", step)
             raise _Interrupted(0)
+        pending, tokens, clock = [], 0, time.perf_counter()
     return state
 
 
@@ -293,7 +296,7 @@ def update_policy(
             for buckets in minibatches
         ]
     recomputed = time.perf_counter()
-    schedule = learning_rate(config.rl.optimizer, config.rl.steps)
+    schedule = learning_rate(config.rl.optimizer, config.rl.updates)
     rate = float(np.asarray(schedule(int(state.updates))))
     reports = []
     for _ in range(config.rl.epochs_per_rollout):
@@ -371,8 +374,9 @@ def _finish(run: _Run, step: int, status: str, seconds: float) -> TrainResult:
 
 def _refuse_non_finite(run: _Run, pending: list) -> None:
     for step, (rows, width), metrics in pending:
-        if not np.isfinite(float(metrics["loss"])):
-            what = f"loss {float(metrics['loss'])} in bucket {rows} rows of {width} tokens"
+        loss, norm = (float(metrics[name]) for name in ("loss", "optim/grad_norm"))
+        if not np.isfinite(loss + norm):
+            what = f"loss {loss}, gradient norm {norm} in a bucket of {rows} rows of {width} tokens"
             raise _stopped(run, "warm-up", step, what)
 
 

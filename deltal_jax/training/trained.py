@@ -49,7 +49,7 @@ def like_saved(setup: Setup, phase: str) -> TrainState:
     config = setup.config
     optimizer = {
         "sft": lambda: make_optimizer(config.sft.optimizer, config.sft.steps),
-        "rl": lambda: make_optimizer(config.rl.optimizer, config.rl.steps),
+        "rl": lambda: make_optimizer(config.rl.optimizer, config.rl.updates),
     }[phase]()
 
     def init() -> TrainState:
