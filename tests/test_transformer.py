@@ -158,3 +158,18 @@ def test_the_tiny_experiment_has_161_thousand_parameters():
         fakes.PLAIN, vocab=79, layers=3, d_model=64, heads=2, kv_heads=2, head_dim=32, d_ff=176
     )
     assert parameter_count(arch) == 161_088
+
+
+def test_the_benchmark_model_is_an_architecture():
+    """Grouped heads, tied embeddings and a head_dim of its own: 4.46 M parameters."""
+    arch = dataclasses.replace(
+        fakes.GROUPED,
+        vocab=2048,
+        layers=4,
+        d_model=256,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        d_ff=1024,
+    )
+    assert parameter_count(arch) == 4_458_752

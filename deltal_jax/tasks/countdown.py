@@ -51,10 +51,15 @@ class CountDown:
     max_number: int = 9
     max_value: int = 60
     operators: str = "+-*"
-    #: Warm-up traces: share of direct answers, chance that a try is the solution, and to give up.
+    #: Warm-up traces: share of direct answers, chance that a try is the solution, and to give up
+    #: after a miss.
     direct: float = 0.1
     insight: float = 0.35
     give_up: float = 0.2
+    #: A share of patient traces, so that long traces are seen at all: RL makes them common.
+    patient: float = 0.1
+    patient_insight: float = 0.1
+    patient_give_up: float = 0.04
 
     name = "countdown"
 
@@ -148,14 +153,17 @@ class CountDown:
         numbers, target = problem.answer["numbers"], problem.answer["target"]
         if rng.random() < self.direct:
             return f"<a> {self._random_expression(rng, numbers)[1]} </a>"
+        insight, give_up = self.insight, self.give_up
+        if rng.random() < self.patient:
+            insight, give_up = self.patient_insight, self.patient_give_up
         said = []
         while True:
-            insight = rng.random() < self.insight
-            attempt = solution if insight else self._random_expression(rng, numbers)
+            known = rng.random() < insight
+            attempt = solution if known else self._random_expression(rng, numbers)
             value, text, steps = attempt
             verdict = "ok" if value == target else "<" if value < target else ">"
             said.append(f"{' , '.join(steps)} {verdict}")
-            if value == target or rng.random() < self.give_up:
+            if value == target or rng.random() < give_up:
                 return f"{' '.join(said)} <a> {text} </a>"
 
 
