@@ -9,7 +9,7 @@ import jax
 def enable_compile_cache() -> Path:
     """Keep compiled programs in the user's cache folder, so that a second run starts at once.
 
-    `JAX_COMPILATION_CACHE_DIR` moves it; an empty value there is respected as "no cache" by JAX.
+    `JAX_COMPILATION_CACHE_DIR` moves it.
     """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path(home) / "deltal_jax" / "xla")
