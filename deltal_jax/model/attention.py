@@ -56,12 +56,19 @@ def _grouped_attention(
     v: Float[Array, "N K T d"],
     visible: Bool[Array, "N Q T"],
 ) -> Float[Array, "N Q H d"]:
-    """Softmax attention; query head h reads key-value head h // (H / K). Softmax in float32."""
+    """Softmax attention; query head h reads key-value head h // (H / K). Softmax in float32.
+
+    The softmax is normalised after the product with the values, on d numbers a query, not T: on
+    CPU forward and backward take little more than half the time.
+    """
     N, Q, H, d = q.shape
     K = k.shape[1]
-    grouped = q.reshape(N, Q, K, H // K, d).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum("nkgqd,nktd->nkgqt", grouped, k).astype(jnp.float32) * d**-0.5
+    grouped = (q * d**-0.5).reshape(N, Q, K, H // K, d).transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum("nkgqd,nktd->nkgqt", grouped, k).astype(jnp.float32)
     scores = jnp.where(visible[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("nkgqt,nktd->nkgqd", weights, v)
+    # The result does not depend on the shift, so no gradient needs to go through it.
+    shift = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    mass = jnp.exp(scores - shift)
+    out = jnp.einsum("nkgqt,nktd->nkgqd", mass.astype(v.dtype), v)
+    out = out / jnp.sum(mass, axis=-1, keepdims=True).astype(v.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(N, Q, H, d)
