@@ -129,7 +129,7 @@ def test_how_far_and_how_watched_may_change_and_the_folder_remembers(field, valu
         ("objective.aggregation", "token_mean", "'delta_l'", "'token_mean'"),
         ("rl.optimizer.learning_rate", 1e-6, "0.0003", "1e-06"),
         ("rl.samples_per_prompt", 4, "8", "4"),
-        ("sft.steps", 1, "3200", "1"),
+        ("sft.steps", 1, "3500", "1"),
         ("rollout.temperature", 0.5, "1.0", "0.5"),
         ("length_buckets", [64, 200], "(32, 64, 128, 200)", "(64, 200)"),
     ],
