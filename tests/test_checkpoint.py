@@ -18,6 +18,10 @@ def state(width=3, seed=0, optimizer=None):
     return TrainState(params, optimizer.init(params), jnp.asarray(5), key)
 
 
+def _halved(x):
+    return x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
+
+
 POSITION = Position("rl", 3, 48, 1234)
 
 
@@ -52,10 +56,16 @@ def test_only_the_newest_are_kept(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save(1, state(), POSITION, b"")
-    with pytest.raises(UserError, match="checkpoint 1 does not hold this model"):
+    other = (
+        r"does not hold this model and optimizer: .* is float32\[3, 4\] there and float32\[5, 4\]"
+    )
+    with pytest.raises(UserError, match=other):
         checkpoints.read_state(1, abstract_state(lambda: state(width=5)))
-    with pytest.raises(UserError, match="checkpoint 1 does not hold this model"):
+    with pytest.raises(UserError, match=r"is int32.* there and missing here"):
         checkpoints.read_state(1, abstract_state(lambda: state(optimizer=optax.sgd(0.1))))
+    halves = jax.eval_shape(lambda: jax.tree.map(_halved, state()))
+    with pytest.raises(UserError, match=r"is float32\[4\] there and bfloat16\[4\] here"):
+        checkpoints.read_state(1, halves)
     checkpoints.close()
 
 

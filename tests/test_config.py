@@ -290,7 +290,7 @@ def test_a_number_beyond_floating_point_is_refused_by_field():
         ),
         ({"model.head_dim": 3}, "model.head_dim: 3 is not an even number"),
         ({"model.head_dim": None, "model.heads": 3}, "model.head_dim: 21.3333 is not an even"),
-        ({"model.head_dim": None, "model.d_model": 6}, "model.head_dim: 3 is not an even number"),
+        ({"model.head_dim": None, "model.d_model": 12}, "model.head_dim: 3 is not an even number"),
         ({"length_buckets": [64, 32, 200]}, "length_buckets: must increase"),
         ({"length_buckets": [64, 64, 200]}, "length_buckets: must increase"),
         (

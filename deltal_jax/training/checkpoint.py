@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from deltal_jax.errors import UserError
 from deltal_jax.types import TrainState
@@ -28,7 +29,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep_last: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, create=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._folder = folder.absolute()
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, number: int, state: TrainState, position: Position, tokenizer: bytes) -> None:
         """Write one checkpoint and wait until it is complete."""
@@ -63,18 +65,27 @@ class Checkpoints:
 
         Raises UserError where the checkpoint is of another model or optimizer.
         """
+        self._check_same(number, abstract)
         target = _tree(abstract)
-        try:
-            restored = self._manager.restore(
-                number, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            )
-        except Exception as error:
-            raise UserError(
-                f"checkpoint {number} does not hold this model and optimizer: "
-                f"{' '.join(str(error).split())[:300]}"
-            ) from error
+        restored = self._manager.restore(
+            number, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        )
         tree = restored["state"]
         return dataclasses.replace(abstract, **tree)
+
+    def _check_same(self, number: int, abstract: TrainState) -> None:
+        """Compare names, shapes and types first: Orbax would cast a wrong type in silence."""
+        handler = ocp.StandardCheckpointHandler()
+        metadata: Any = handler.metadata(epath.Path(self._folder / str(number) / "state"))
+        handler.close()
+        saved = _shapes(getattr(metadata, "tree", metadata))
+        wanted = _shapes(_tree(abstract))
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                raise UserError(
+                    f"checkpoint {number} does not hold this model and optimizer: {name} is "
+                    f"{saved.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
+                )
 
     def close(self) -> None:
         """Release the manager's threads."""
@@ -91,3 +102,12 @@ def abstract_state(init: Callable[[], TrainState]) -> TrainState:
 
 def _tree(state: TrainState) -> dict[str, Any]:
     return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+
+
+def _shapes(tree: dict[str, Any]) -> dict[str, str]:
+    """`type[shape]` of every array by its path; not the key, which is stored as raw numbers."""
+    leaves = jax.tree_util.tree_flatten_with_path({k: v for k, v in tree.items() if k != "key"})[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in leaves
+    }
