@@ -23,6 +23,7 @@ Conventions shared by all functions here:
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
@@ -130,8 +131,10 @@ def segment_sums(
     """S_i = Σ_t values over the masked tokens of segment i, for padded or packed rows of any shape.
 
     Tokens whose mask is False contribute nothing to the value or the gradient, NaN included; ids
-    outside [0, num_segments) are dropped.
+    outside [0, num_segments) are dropped. Raises AssertionError where the three shapes differ, which
+    would broadcast in silence.
     """
+    chex.assert_equal_shape((token_values, segment_ids, mask))
     values = jnp.where(mask, token_values, 0.0)
     return jax.ops.segment_sum(values.ravel(), segment_ids.ravel(), num_segments)
 
