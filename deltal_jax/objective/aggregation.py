@@ -131,8 +131,8 @@ def segment_sums(
     """S_i = Σ_t values over the masked tokens of segment i, for padded or packed rows of any shape.
 
     Tokens whose mask is False contribute nothing to the value or the gradient, NaN included; ids
-    outside [0, num_segments) are dropped. Raises AssertionError where the three shapes differ, which
-    would broadcast in silence.
+    outside [0, num_segments) are dropped. Raises AssertionError where the three shapes differ,
+    which would broadcast in silence.
     """
     chex.assert_equal_shape((token_values, segment_ids, mask))
     values = jnp.where(mask, token_values, 0.0)
