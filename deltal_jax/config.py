@@ -23,6 +23,18 @@ Scope = Literal["batch", "minibatch", "group"]
 Advantage = Literal["group_standardize", "group_center"]
 Surrogate = Literal["clipped", "reinforce"]
 
+#: What other libraries call the aggregations (verl, TRL, the papers).
+FOREIGN_NAMES = {
+    "grpo": "sequence_mean",
+    "seq-mean-token-mean": "sequence_mean",
+    "dapo": "token_mean",
+    "token-mean": "token_mean",
+    "dr_grpo": "constant_length",
+    "seq-mean-token-sum-norm": "constant_length",
+    "vl_norm": "delta_l",
+    "delta_L": "delta_l",
+}
+
 
 def _field(default: Any, help_: str, *, low: float | None = None, high: float | None = None) -> Any:
     """A documented field; `low` and `high` are inclusive bounds."""
@@ -311,7 +323,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        close = _nearest(str(value), [str(a) for a in args])
+        known = FOREIGN_NAMES.get(str(value))
+        close = f"; its name here is {known!r}" if known in args else None
+        close = close or _nearest(str(value), [str(a) for a in args])
         raise UserError(f"{path}: {value!r} is not one of {', '.join(map(str, args))}{close}")
     if origin in (typing.Union, types.UnionType):
         inner = next(a for a in args if a is not type(None))

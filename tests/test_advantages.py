@@ -9,11 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltal_jax.objective.advantages import ADVANTAGES, group_center, group_standardize
+from deltal_jax.objective.advantages import (
+    ADVANTAGES,
+    batch_standardize,
+    group_center,
+    group_standardize,
+    leave_one_out,
+    length_weighted_baseline,
+    max_rl,
+)
 
-METHODS = list(ADVANTAGES)
+METHODS = ["group_standardize", "group_center"]
 EPSILON = 1e-6
-COMPILED = {name: jax.jit(fn) for name, fn in ADVANTAGES.items()}
+COMPILED = {name: jax.jit(fn) for name, fn in ADVANTAGES.items() if name in METHODS}
 
 
 def expected(method: str, rewards, groups, where=None) -> np.ndarray:
@@ -205,3 +213,58 @@ def test_small_differences_are_standardised_to_size_one_and_no_further():
 @pytest.mark.parametrize("function", [group_standardize, group_center])
 def test_the_table_names_every_function_by_its_own_name(function):
     assert ADVANTAGES[function.__name__] is function
+
+
+REWARDS = [1.0, 0.0, 0.5, 0.25, 1.0, 1.0, np.nan, 0.75]
+RAGGED = [0, 0, 0, 1, 2, 2, 2, 0]
+
+
+def both(function, *extra, rewards=REWARDS, ids=RAGGED):
+    """The function's value, checked to be the same under jit."""
+    arguments = (jnp.asarray(rewards, jnp.float32), jnp.asarray(ids), *extra)
+    value = np.asarray(function(*arguments))
+    np.testing.assert_allclose(jax.jit(function)(*arguments), value, atol=1e-7)
+    return value
+
+
+def test_leave_one_out_compares_with_the_mean_of_the_others():
+    want = [1 - 1.25 / 3, 0 - 2.25 / 3, 0.5 - 1.75 / 3, 0, 0, 0, 0, 0.75 - 1.5 / 3]
+    np.testing.assert_allclose(both(leave_one_out), want, atol=1e-6)
+
+
+def test_batch_standardize_ignores_groups():
+    known = np.asarray([r for r in REWARDS if not np.isnan(r)])
+    want = (np.asarray(REWARDS) - known.mean()) / (known.std(ddof=1) + 1e-6)
+    np.testing.assert_allclose(both(batch_standardize), np.nan_to_num(want), atol=1e-6)
+
+
+def test_the_length_weighted_baseline_by_hand():
+    lengths = jnp.asarray([10, 30, 20, 5, 7, 9, 11, 40])
+    baseline = (10 * 1.0 + 20 * 0.5 + 40 * 0.75) / 100
+    want = [1 - baseline, -baseline, 0.5 - baseline, 0, 0, 0, 0, 0.75 - baseline]
+    np.testing.assert_allclose(both(length_weighted_baseline, lengths), want, atol=1e-6)
+    equal = both(length_weighted_baseline, jnp.full(8, 6))
+    np.testing.assert_allclose(equal, both(group_center), atol=1e-6)
+
+
+def test_max_rl_divides_by_the_mean_and_is_zero_where_that_is_zero():
+    mean = 2.25 / 4
+    want = [(r - mean) / mean if g == 0 else 0.0 for r, g in zip(REWARDS, RAGGED, strict=True)]
+    np.testing.assert_allclose(both(max_rl), want, atol=1e-6)
+    assert both(max_rl, rewards=[0.0] * 8).tolist() == [0.0] * 8
+    with pytest.raises(ValueError, match="must not be negative"):
+        max_rl(jnp.asarray([1.0, -0.1]), jnp.asarray([0, 0]))
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+def test_every_estimator_gives_exactly_zero_to_constant_groups(name):
+    function = ADVANTAGES[name]
+    extra = (jnp.arange(1, 7),) if name == "length_weighted_baseline" else ()
+    value = both(function, *extra, rewards=[0.35] * 6, ids=[0, 0, 0, 1, 1, 1])
+    assert value.tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("ids", [[0, 2], [-1, 0]])
+def test_ids_outside_the_batch_are_refused(ids):
+    with pytest.raises(ValueError, match=r"group_ids: expected ids in \[0, 2\)"):
+        group_center(jnp.asarray([1.0, 0.0]), jnp.asarray(ids))

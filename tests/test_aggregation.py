@@ -12,15 +12,22 @@ from hypothesis import strategies as st
 
 from deltal_jax.objective.aggregation import (
     AGGREGATIONS,
+    balanced,
     constant_length,
     delta_l,
+    inverse_variance,
+    local_token_mean,
     policy_gradient_loss,
+    prompt_mean,
     segment_sums,
     sequence_mean,
+    sequence_sum,
     token_mean,
+    token_sum,
 )
 
-METHODS = list(AGGREGATIONS)
+#: Those that need lengths alone and take every common option.
+METHODS = ["delta_l", "sequence_mean", "token_mean", "constant_length"]
 M = 512.0
 #: Relative error of a float32 power, sum and division at the lengths and exponents used here.
 FLOAT32 = 5e-6
@@ -476,3 +483,68 @@ def test_the_mean_of_microbatch_token_means_is_another_number():
     """The mistake that weights rule out: with ragged lengths it is far from the token mean."""
     wrong = [np.sin(VALUES[:15]).mean(), np.sin(VALUES[15:]).mean()]
     assert not math.isclose(np.mean(wrong), np.sin(VALUES).mean(), rel_tol=0.05)
+
+
+MIXED = jnp.asarray([3, 9, 1, 0, 20, 5, 5, 12])
+GROUPS = jnp.asarray([0, 0, 1, 1, 2, 2, 3, 3])
+
+
+def test_prompt_and_local_token_means_are_means_of_token_means():
+    values = np.random.default_rng(0).normal(size=8)
+    lengths, groups = np.asarray(MIXED), np.asarray(GROUPS)
+    sums = values * lengths  # every token of response i has the value values[i]
+    want = np.mean([sums[groups == g].sum() / lengths[groups == g].sum() for g in range(4)])
+    for function in (prompt_mean, local_token_mean):
+        assert float(function(MIXED, GROUPS) @ jnp.asarray(sums)) == pytest.approx(want, rel=1e-5)
+
+
+def test_sums_are_one_and_one_over_b():
+    where = jnp.arange(8) != 4
+    np.testing.assert_array_equal(token_sum(MIXED), [1, 1, 1, 0, 1, 1, 1, 1])
+    np.testing.assert_array_equal(token_sum(MIXED, where=where), [1, 1, 1, 0, 0, 1, 1, 1])
+    np.testing.assert_allclose(sequence_sum(MIXED), np.asarray(MIXED > 0) / 7, rtol=1e-6)
+    np.testing.assert_allclose(sequence_sum(MIXED), constant_length(MIXED, normalizer=1), rtol=1e-6)
+
+
+def test_balanced_is_a_token_mean_for_each_sign_mixed_by_counts():
+    advantages = jnp.asarray([1.0, -1, -1, 2, 0, -3, 1, 0])
+    got = np.asarray(balanced(MIXED, advantages))
+    # Positive: responses 0 and 6 (3 is empty), 8 tokens; negative: 1, 2, 5, 15 tokens; 5 in all.
+    want = np.where(np.asarray(advantages) > 0, 2 / 5 / 8, 3 / 5 / 15)
+    want = np.where(np.isin(np.arange(8), [3, 4, 7]), 0.0, want)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert float(jnp.sum(balanced(MIXED, jnp.zeros(8)))) == 0.0
+
+
+def test_balanced_with_one_sign_is_the_token_mean():
+    np.testing.assert_allclose(balanced(MIXED, jnp.ones(8)), token_mean(MIXED), rtol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.75, 1.6])
+def test_inverse_variance_of_a_power_law_is_delta_l(beta):
+    got = inverse_variance(MIXED, {"beta": beta}, normalizer=30, scope_ids=GROUPS)
+    want = delta_l(MIXED, beta, normalizer=30, scope_ids=GROUPS)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_inverse_variance_of_correlated_tokens_is_the_variance_of_their_sum():
+    """Against the covariance matrix of the tokens, summed."""
+    rho = np.asarray([0.5, 0.2, 0.1])
+    variances = []
+    for length in np.asarray(MIXED):
+        lag = np.abs(np.arange(length)[:, None] - np.arange(length)[None, :])
+        variances.append(np.concatenate([[1.0], rho, np.zeros(30)])[lag].sum())
+    inverse = np.asarray([0.0 if v == 0 else 1 / v for v in variances])
+    got = inverse_variance(MIXED, {"rho": jnp.asarray(rho)}, normalizer=4)
+    np.testing.assert_allclose(got, inverse / inverse.sum() / 4, rtol=1e-5)
+
+
+def test_independent_tokens_have_beta_one_and_fully_correlated_ones_beta_two():
+    zero, one = {"rho": jnp.zeros(3)}, {"rho": jnp.ones(40)}
+    np.testing.assert_allclose(inverse_variance(MIXED, zero), delta_l(MIXED, 1.0), rtol=1e-6)
+    np.testing.assert_allclose(inverse_variance(MIXED, one), delta_l(MIXED, 2.0), rtol=1e-5)
+
+
+def test_an_unknown_variance_is_refused():
+    with pytest.raises(ValueError, match=r"variance: expected .*beta.*rho.*got \['gamma'\]"):
+        inverse_variance(MIXED, {"gamma": 1.0})

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import deltal_jax
 from deltal_jax import config as module
 from deltal_jax.config import (
+    FOREIGN_NAMES,
     Config,
     OptimizerConfig,
     config_folder,
@@ -598,3 +599,9 @@ def test_every_error_is_one_line_that_starts_with_the_field():
         if hint is not str and hint != str | None:
             said = message({name: "not this"})
             assert re.match(rf"{re.escape(name)}: ", said), said
+
+
+@pytest.mark.parametrize(("theirs", "ours"), sorted(FOREIGN_NAMES.items()))
+def test_names_of_other_libraries_are_answered_with_ours(theirs, ours):
+    with pytest.raises(UserError, match=rf"its name here is '{ours}'"):
+        load_config("countdown-tiny", {"objective.aggregation": theirs})

@@ -1,12 +1,13 @@
 """What is said before a run is what the run does."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltal_jax.config import load_config
-from deltal_jax.objective.aggregation import AGGREGATIONS
+from deltal_jax.config import Aggregation, load_config
 from deltal_jax.training.describe import batch_arithmetic, formula, memory_estimate
 from deltal_jax.training.setup import init_params, make_architecture, make_setup
 
@@ -21,7 +22,7 @@ def test_batch_arithmetic_of_the_tiny_experiment():
     assert counts["max_response_tokens"] == 12_800 * 192
 
 
-@pytest.mark.parametrize("aggregation", sorted(AGGREGATIONS))
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
 @pytest.mark.parametrize("scope", ["batch", "minibatch", "group"])
 def test_the_formula_names_method_scope_and_constant(aggregation, scope):
     options = {"objective.aggregation": aggregation, "objective.scope": scope}

@@ -1,5 +1,7 @@
 """Diagnostics: what the meters say of each aggregation, against the closed forms of the paper."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltal_jax.config import Aggregation
 from deltal_jax.objective.aggregation import AGGREGATIONS, delta_l
 from deltal_jax.objective.diagnostics import aggregation_diagnostics
 
@@ -66,7 +69,7 @@ def test_the_bias_factor_is_one_for_unbiased_methods_and_the_papers_for_the_othe
 
 
 def test_predicted_variation_of_every_method_is_its_closed_form():
-    cv = {name: meters(weigh(name), LENGTHS)["predicted_cv"] for name in AGGREGATIONS}
+    cv = {name: meters(weigh(name), LENGTHS)["predicted_cv"] for name in get_args(Aggregation)}
     long = np.sqrt(LENGTHS.sum()) / SIZE
     assert cv["sequence_mean"] == pytest.approx(np.sum(1 / LENGTHS) ** -0.5, rel=1e-5)
     assert cv["token_mean"] == pytest.approx(long, rel=1e-5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import get_args
 
 import chex
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from deltal_jax.config import Aggregation
 from deltal_jax.objective.advantages import group_standardize
 from deltal_jax.objective.aggregation import AGGREGATIONS
 from deltal_jax.objective.logprobs import token_logprobs
@@ -79,7 +81,7 @@ def plain_loss(params, weights, seed=0):
     return total, size
 
 
-@pytest.mark.parametrize("name", sorted(AGGREGATIONS))
+@pytest.mark.parametrize("name", get_args(Aggregation))
 def test_loss_and_gradient_do_not_depend_on_buckets_or_microbatches(update, name):
     params = fakes.model(fakes.PLAIN)[1]
     weights = weights_of(name)

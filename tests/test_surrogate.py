@@ -11,7 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltal_jax.objective.surrogate import SURROGATES, clipped, ratio_diagnostics, reinforce
+from deltal_jax.objective.surrogate import (
+    SURROGATES,
+    cispo,
+    clipped,
+    dppo,
+    gmpo,
+    gspo,
+    gspo_token,
+    ratio_diagnostics,
+    reinforce,
+    sapo,
+)
 
 LOW, HIGH = 0.2, 0.3
 DUALS = [None, 3.0, 10.0]
@@ -169,3 +180,91 @@ def test_diagnostics_carry_no_gradient():
 @pytest.mark.parametrize("function", [clipped, reinforce])
 def test_the_table_names_every_function_by_its_own_name(function):
     assert SURROGATES[function.__name__] is function
+
+
+#: Two responses of 3 and 2 tokens and one padded position, in one packed row.
+SEGMENTS = jnp.asarray([0, 0, 0, 1, 1, 2])
+MASK = jnp.asarray([True, True, True, True, True, False])
+AFTER = jnp.asarray([-1.0, -0.5, -2.0, -0.3, -1.2, 7.0])
+BEFORE = jnp.asarray([-1.2, -0.9, -1.8, -0.2, -1.0, -7.0])
+SIGNS = jnp.asarray([1.5, 1.5, 1.5, -2.0, -2.0, 0.0])
+PACKED = {"segment_ids": SEGMENTS, "mask": MASK, "num_segments": 2}
+
+
+def packed_gradient(function, **options):
+    """d(sum of the masked losses) / d logprobs."""
+
+    def total(logprobs):
+        return jnp.sum(jnp.where(MASK, function(logprobs, BEFORE, SIGNS, **options), 0.0))
+
+    return np.asarray(jax.grad(total)(AFTER))
+
+
+def test_gspo_is_the_clip_of_the_geometric_mean_ratio():
+    means = np.asarray([(0.2 + 0.4 - 0.2) / 3, (-0.1 - 0.2) / 2])
+    ratios = np.exp(means)
+    want = np.asarray([-1.5 * min(ratios[0], 1.05), 2.0 * max(ratios[1], 0.9)])
+    options = PACKED | {"clip_low": 0.1, "clip_high": 0.05}
+    for function in (gspo, gspo_token):
+        got = function(AFTER, BEFORE, SIGNS, **options)
+        np.testing.assert_allclose(got[:5], want[[0, 0, 0, 1, 1]], rtol=1e-5)
+    # Response 0 is clipped; response 1 (ratio 0.86) is clipped from below too.
+    np.testing.assert_array_equal(packed_gradient(gspo, **options), 0.0)
+
+
+def test_gspo_spreads_a_tokens_gradient_and_gspo_token_keeps_it():
+    """Summed over a response both are A·s, in equal parts; GSPO-token can weigh tokens apart."""
+    options = PACKED | {"clip_low": 0.9, "clip_high": 0.9}
+    ratios = np.exp([0.4 / 3, -0.15])
+    want = np.asarray([*[-1.5 * ratios[0]] * 3, *[2.0 * ratios[1]] * 2, 0.0])
+    for function in (gspo, gspo_token):
+        np.testing.assert_allclose(packed_gradient(function, **options), want, rtol=1e-5)
+
+
+def test_cispo_never_loses_a_gradient():
+    got = packed_gradient(cispo, clip_low=0.1, clip_high=0.2)
+    ratios = np.exp(np.asarray(AFTER - BEFORE)[:5])
+    want = -np.clip(ratios, 0.9, 1.2) * np.asarray(SIGNS)[:5]
+    np.testing.assert_allclose(got[:5], want, rtol=1e-5)
+    assert np.abs(got[:5]).min() > 0 and got[5] == 0
+
+
+def test_gmpo_clips_tokens_in_log_space_before_the_mean():
+    options = PACKED | {"clip_low": 0.15, "clip_high": 0.3}
+    kept = [(0.2 + 0.3 - 0.2) / 3, (-0.1 - 0.15) / 2]
+    want = np.asarray([-1.5 * np.exp(kept[0])] * 3 + [2.0 * np.exp(kept[1])] * 2)
+    np.testing.assert_allclose(gmpo(AFTER, BEFORE, SIGNS, **options)[:5], want, rtol=1e-5)
+    slopes = packed_gradient(gmpo, **options)
+    assert (slopes[:5] != 0).tolist() == [True, False, True, True, False]
+
+
+def test_sapo_has_slope_one_on_policy_and_fades_on_both_sides():
+    at = jnp.asarray([0.0])
+    for sign in (1.0, -1.0):
+        slope = jax.grad(lambda x, a=sign: sapo(x, at, jnp.asarray([a]))[0])
+        assert float(slope(at)[0]) == pytest.approx(-sign, rel=1e-6)
+        assert abs(float(slope(at + 1.5)[0])) / np.exp(1.5) < 0.5
+    value = float(sapo(jnp.log(jnp.asarray([1.5])), at, jnp.asarray([2.0]), tau_positive=2.0)[0])
+    assert value == pytest.approx(-2.0 * (4 / 2) / (1 + np.exp(-2 * 0.5)), rel=1e-6)
+
+
+def test_dppo_drops_tokens_that_moved_too_far_and_move_on():
+    old = jnp.log(jnp.asarray([0.3, 0.3, 0.3, 0.3, 0.001]))
+    new = jnp.log(jnp.asarray([0.6, 0.6, 0.05, 0.4, 0.01]))
+    signs = jnp.asarray([1.0, -1.0, -1.0, 1.0, 1.0])
+    got = np.asarray(dppo(new, old, signs, threshold=0.2))
+    # Up by 0.3 with A > 0: dropped. With A < 0 it may come back. Down with A < 0: dropped. The
+    # small step stays; so does a rare token at ten times its probability, which a clip of the
+    # ratio would drop.
+    np.testing.assert_allclose(got, [0.0, 2.0, 0.0, -4 / 3, -10.0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", sorted(SURROGATES))
+def test_every_surrogate_has_the_policy_gradient_on_policy(name):
+    options = PACKED if name in ("gspo", "gspo_token", "gmpo") else {}
+
+    def total(logprobs):
+        losses = SURROGATES[name](logprobs, AFTER, SIGNS, **options)
+        return jnp.sum(jnp.where(MASK, losses, 0.0))
+
+    np.testing.assert_allclose(jax.grad(total)(AFTER)[:5], -SIGNS[:5], rtol=1e-5)

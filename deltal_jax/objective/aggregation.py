@@ -21,7 +21,8 @@ Conventions shared by all functions here:
   B_mb) w_i S_i; this is where B/B_mb enters, for every scope.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import chex
 import jax
@@ -113,12 +114,135 @@ def token_mean(
     return _finish(weights, where, counted, scope_ids)
 
 
-#: What `objective.aggregation` may name.
+def prompt_mean(
+    lengths: Num[Array, " B"],
+    group_ids: Int[Array, " B"],
+    *,
+    where: Bool[Array, " B"] | None = None,
+    count_masked: bool = False,
+) -> Float[Array, " B"]:
+    """The mean over prompts of token means: w_i = 1/(P · Σ_{j in group(i)} L_j).
+
+    It is `token_mean` in group scope. Some libraries mean this by "DAPO" (see verl #2776).
+    """
+    return token_mean(lengths, where=where, count_masked=count_masked, scope_ids=group_ids)
+
+
+def local_token_mean(
+    lengths: Num[Array, " B"],
+    microbatch_ids: Int[Array, " B"],
+    *,
+    where: Bool[Array, " B"] | None = None,
+    count_masked: bool = False,
+) -> Float[Array, " B"]:
+    """The mean over K micro-batches of their token means: w_i = 1/(K · Σ_{j in micro(i)} L_j).
+
+    For reproduction only: the loss depends on how the batch was split. It is TRL's `bnpo` and what
+    the reference implementation of arXiv 2509.07558 calls "DAPO Norm" (micro-batches of 4).
+    """
+    return token_mean(lengths, where=where, count_masked=count_masked, scope_ids=microbatch_ids)
+
+
+def token_sum(
+    lengths: Num[Array, " B"], *, where: Bool[Array, " B"] | None = None
+) -> Float[Array, " B"]:
+    """No normalisation at all: w_i = 1. The loss grows with batch and lengths."""
+    counted = _counted(lengths, where, count_masked=False)[1]
+    return counted.astype(_float_dtype(lengths))
+
+
+def sequence_sum(
+    lengths: Num[Array, " B"],
+    *,
+    where: Bool[Array, " B"] | None = None,
+    count_masked: bool = False,
+    scope_ids: Int[Array, " B"] | None = None,
+) -> Float[Array, " B"]:
+    """The mean over responses of token sums: w_i = 1/B, `constant_length` with M = 1.
+
+    With `gspo`, whose ratio is the same for every token, this is LUSPO: its factor L_i is already
+    in the token sum.
+    """
+    options = {"where": where, "count_masked": count_masked, "scope_ids": scope_ids}
+    return constant_length(lengths, normalizer=None, **options)
+
+
+def balanced(
+    lengths: Num[Array, " B"],
+    advantages: Float[Array, " B"],
+    *,
+    where: Bool[Array, " B"] | None = None,
+) -> Float[Array, " B"]:
+    """A token mean for each sign of the advantage, mixed by response counts.
+
+        w_i = (n_s / (n₊ + n₋)) / Σ_{j in s} L_j,   s = sign(A_i),   0 where A_i = 0
+
+    Long wrong responses then cannot outweigh short right ones.
+    """
+    lengths, counted = _counted(lengths, where, count_masked=False)
+    weights = jnp.zeros_like(lengths)
+    moved = counted & (advantages != 0)
+    total = jnp.maximum(jnp.sum(moved), 1).astype(lengths.dtype)
+    for side in (advantages > 0, advantages < 0):
+        side = side & counted
+        tokens = _scope_total(jnp.where(side, lengths, 0.0), None)
+        weights = jnp.where(side, jnp.sum(side) / total / tokens, weights)
+    return weights
+
+
+def inverse_variance(
+    lengths: Num[Array, " B"],
+    variance: Mapping[str, Any],
+    *,
+    normalizer: float | int | None = None,
+    where: Bool[Array, " B"] | None = None,
+    count_masked: bool = False,
+    scope_ids: Int[Array, " B"] | None = None,
+) -> Float[Array, " B"]:
+    """The unbiased weights of least variance for a given variance by length: w_i ∝ 1/v(L_i).
+
+    `variance` is either {"beta": β}, v(L) = L^β, which is `delta_l` with α = β; or
+    {"rho": Float[K]}, token gradients with autocorrelation ρ_h at distance h = 1 … K (0 beyond):
+
+        v(L) = L + 2 Σ_h max(L − h, 0) ρ_h
+
+    Raises ValueError for anything else. v is kept at L·1e-6 or above, so that weights stay finite
+    for an autocorrelation that no process has.
+    """
+    options = {"where": where, "count_masked": count_masked, "scope_ids": scope_ids}
+    if set(variance) == {"beta"}:
+        return delta_l(lengths, variance["beta"], normalizer=normalizer, **options)
+    if set(variance) != {"rho"}:
+        raise ValueError(
+            f"variance: expected {{'beta': …}} or {{'rho': …}}, got {sorted(variance)}"
+        )
+    values, counted = _counted(lengths, where, count_masked)
+    rho = jnp.asarray(variance["rho"], values.dtype)
+
+    def lag(total: Array, term: tuple[Array, Array]) -> tuple[Array, None]:
+        distance, correlation = term
+        return total + 2.0 * correlation * jnp.maximum(values - distance, 0.0), None
+
+    distances = jnp.arange(1, rho.shape[0] + 1, dtype=values.dtype)
+    v = jax.lax.scan(lag, values, (distances, rho))[0]
+    v = jnp.maximum(v, jnp.maximum(values, 1.0) * 1e-6)
+    inverse = jnp.where(counted, 1.0 / v, 0.0)
+    weights = inverse / _scope_total(inverse, scope_ids)
+    return _finish(weights, where, counted, scope_ids) / (1.0 if normalizer is None else normalizer)
+
+
+#: Every aggregation by name; the first four need lengths alone.
 AGGREGATIONS: dict[str, Callable[..., Float[Array, " B"]]] = {
     "delta_l": delta_l,
     "sequence_mean": sequence_mean,
     "token_mean": token_mean,
     "constant_length": constant_length,
+    "prompt_mean": prompt_mean,
+    "token_sum": token_sum,
+    "sequence_sum": sequence_sum,
+    "local_token_mean": local_token_mean,
+    "balanced": balanced,
+    "inverse_variance": inverse_variance,
 }
 
 

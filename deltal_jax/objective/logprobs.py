@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from deltal_jax.objective.divergence import entropy
+
 
 def token_logprobs(
     logits: Float[Array, "*shape V"],
@@ -19,6 +21,4 @@ def token_logprobs(
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
     logprobs = jax.nn.log_softmax(logits, axis=-1)  # shifted first: exact for large logits
     chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
-    probabilities = jnp.exp(logprobs)
-    entropy = -jnp.sum(jnp.where(probabilities > 0, probabilities * logprobs, 0.0), axis=-1)
-    return chosen, entropy
+    return chosen, entropy(logits)

@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from deltal_jax.objective.aggregation import segment_sums
 
 
 def reinforce(
@@ -43,18 +45,151 @@ def clipped(
     Source: Schulman et al., arXiv 1707.06347; Yu et al., arXiv 2503.14476 (ε_high); Ye et al.,
     arXiv 1912.09729 (dual clip).
     """
-    ratio = _ratio(logprobs, old_logprobs)
-    inside = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    losses = jnp.maximum(-advantages * ratio, -advantages * inside)
+    losses = _clip(_ratio(logprobs, old_logprobs), advantages, clip_low, clip_high)
     if dual_clip is not None:
         losses = jnp.where(advantages < 0, jnp.minimum(losses, -advantages * dual_clip), losses)
     return losses
 
 
-#: What `objective.surrogate` may name.
+def gspo(
+    logprobs: Float[Array, "*shape"],
+    old_logprobs: Float[Array, "*shape"],
+    advantages: Float[Array, "*shape"],
+    *,
+    segment_ids: Int[Array, "*shape"],
+    mask: Bool[Array, "*shape"],
+    num_segments: int,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+) -> Float[Array, "*shape"]:
+    """GSPO: `clipped` with one ratio a response, the geometric mean of its tokens' ratios.
+
+        s_i = exp(mean_t (log π − log π_old))
+        ℓ_t = max(−A·s_i, −A·clip(s_i, 1 − ε_low, 1 + ε_high))
+
+    The response's loss stands at each of its tokens: with `sequence_mean` weights the sum is GSPO's
+    mean over responses, with `sequence_sum` LUSPO's.
+
+    Source: Zheng et al., arXiv 2507.18071.
+    """
+    ratio = _sequence_ratio(logprobs, old_logprobs, segment_ids, mask, num_segments)
+    return _clip(ratio, advantages, clip_low, clip_high)
+
+
+def gspo_token(
+    logprobs: Float[Array, "*shape"],
+    old_logprobs: Float[Array, "*shape"],
+    advantages: Float[Array, "*shape"],
+    *,
+    segment_ids: Int[Array, "*shape"],
+    mask: Bool[Array, "*shape"],
+    num_segments: int,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+) -> Float[Array, "*shape"]:
+    """GSPO-token: GSPO's value and clipping, with a gradient for each token of its own.
+
+        s_it = sg(s_i) · π / sg(π)
+
+    Source: Zheng et al., arXiv 2507.18071.
+    """
+    ratio = _sequence_ratio(logprobs, old_logprobs, segment_ids, mask, num_segments)
+    own = jnp.exp(logprobs - jax.lax.stop_gradient(logprobs))
+    return _clip(jax.lax.stop_gradient(ratio) * own, advantages, clip_low, clip_high)
+
+
+def cispo(
+    logprobs: Float[Array, "*shape"],
+    old_logprobs: Float[Array, "*shape"],
+    advantages: Float[Array, "*shape"],
+    *,
+    clip_low: float = 1.0,
+    clip_high: float = 0.28,
+) -> Float[Array, "*shape"]:
+    """CISPO: REINFORCE with a clipped, constant importance weight; no token loses its gradient.
+
+        ℓ_t = −sg(clip(r, 1 − ε_low, 1 + ε_high)) · A · log π
+
+    Source: MiniMax-M1, arXiv 2506.13585.
+    """
+    ratio = jax.lax.stop_gradient(_ratio(logprobs, old_logprobs))
+    return -jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages * logprobs
+
+
+def gmpo(
+    logprobs: Float[Array, "*shape"],
+    old_logprobs: Float[Array, "*shape"],
+    advantages: Float[Array, "*shape"],
+    *,
+    segment_ids: Int[Array, "*shape"],
+    mask: Bool[Array, "*shape"],
+    num_segments: int,
+    clip_low: float = 0.4,
+    clip_high: float = 0.4,
+) -> Float[Array, "*shape"]:
+    """GMPO: the geometric mean of the tokens' clipped ratios; the clip is in log space, by token.
+
+        d_t = log π − log π_old,   c_t = min(d_t, ε_high) if A > 0, max(d_t, −ε_low) if A < 0
+        ℓ_t = −A · exp(mean_t c_t)
+
+    Source: Zhao et al., arXiv 2507.20673.
+    """
+    difference = jnp.clip(logprobs - old_logprobs, -20.0, 20.0)
+    kept = jnp.where(
+        advantages > 0, jnp.minimum(difference, clip_high), jnp.maximum(difference, -clip_low)
+    )
+    mean = _segment_mean(kept, segment_ids, mask, num_segments)
+    return -advantages * jnp.exp(mean)
+
+
+def sapo(
+    logprobs: Float[Array, "*shape"],
+    old_logprobs: Float[Array, "*shape"],
+    advantages: Float[Array, "*shape"],
+    *,
+    tau_positive: float = 1.0,
+    tau_negative: float = 1.05,
+) -> Float[Array, "*shape"]:
+    """SAPO: a soft gate instead of a clip; its slope at r = 1 is 1.
+
+        ℓ_t = −A · (4/τ) · σ(τ·(r − 1)),   τ by the sign of A
+
+    Source: Gao et al., arXiv 2511.20347.
+    """
+    tau = jnp.where(advantages > 0, tau_positive, tau_negative)
+    gate = jax.nn.sigmoid(tau * (_ratio(logprobs, old_logprobs) - 1.0)) * 4.0 / tau
+    return -advantages * gate
+
+
+def dppo(
+    logprobs: Float[Array, "*shape"],
+    old_logprobs: Float[Array, "*shape"],
+    advantages: Float[Array, "*shape"],
+    *,
+    threshold: float = 0.2,
+) -> Float[Array, "*shape"]:
+    """DPPO (binary TV): a token is dropped when its probability has moved too far, and moves on.
+
+        D = |π − π_old|;   ℓ_t = −A·r,  0 where D > δ and (A > 0, r > 1 or A < 0, r < 1)
+
+    Source: arXiv 2602.04879.
+    """
+    ratio = _ratio(logprobs, old_logprobs)
+    moved = jnp.abs(jnp.exp(logprobs) - jnp.exp(old_logprobs)) > threshold
+    onward = jnp.where(advantages > 0, ratio > 1.0, ratio < 1.0)
+    return jnp.where(jax.lax.stop_gradient(moved & onward), 0.0, -advantages * ratio)
+
+
+#: Every surrogate by name.
 SURROGATES: dict[str, Callable[..., Float[Array, "*shape"]]] = {
     "reinforce": reinforce,
     "clipped": clipped,
+    "gspo": gspo,
+    "gspo_token": gspo_token,
+    "cispo": cispo,
+    "gmpo": gmpo,
+    "sapo": sapo,
+    "dppo": dppo,
 }
 
 
@@ -88,3 +223,38 @@ def _ratio(
     logprobs: Float[Array, "*shape"], old_logprobs: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
     return jnp.exp(jnp.clip(logprobs - old_logprobs, -20.0, 20.0))
+
+
+def _clip(
+    ratio: Float[Array, "*shape"],
+    advantages: Float[Array, "*shape"],
+    clip_low: float,
+    clip_high: float,
+) -> Float[Array, "*shape"]:
+    inside = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    return jnp.maximum(-advantages * ratio, -advantages * inside)
+
+
+def _sequence_ratio(
+    logprobs: Float[Array, "*shape"],
+    old_logprobs: Float[Array, "*shape"],
+    segment_ids: Int[Array, "*shape"],
+    mask: Bool[Array, "*shape"],
+    num_segments: int,
+) -> Float[Array, "*shape"]:
+    """The geometric mean of each response's ratios, at each of its tokens."""
+    difference = jnp.clip(logprobs - old_logprobs, -20.0, 20.0)
+    return jnp.exp(_segment_mean(difference, segment_ids, mask, num_segments))
+
+
+def _segment_mean(
+    values: Float[Array, "*shape"],
+    segment_ids: Int[Array, "*shape"],
+    mask: Bool[Array, "*shape"],
+    num_segments: int,
+) -> Float[Array, "*shape"]:
+    """The mean over each response's masked tokens, at each of its tokens; 0 outside."""
+    sums = segment_sums(values, segment_ids, num_segments, mask)
+    counts = segment_sums(jnp.ones_like(values), segment_ids, num_segments, mask)
+    means = jnp.pad(sums / jnp.maximum(counts, 1.0), (0, 1))
+    return means[jnp.clip(segment_ids, 0, num_segments)]
