@@ -49,7 +49,7 @@ class RunConfig:
     name: str = _field("run", "name of the experiment; part of the run folder's name")
     dir: str | None = _field(None, "run folder; default: a new time-stamped one under runs/")
     tensorboard: bool = _field(True, "also write TensorBoard events")
-    report: bool = _field(True, "write report.html after every evaluation and at the end")
+    report: bool = _field(True, "write report.html at the end")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +276,10 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _set(tree: dict, key: str, value: Any) -> None:
+    if isinstance(value, dict):  # a whole section: field by field, so that the others stay
+        for name, item in value.items():
+            _set(tree, f"{key}.{name}", item)
+        return
     *parents, last = key.split(".")
     for parent in parents:
         if tree.get(parent) is None:

@@ -221,3 +221,20 @@ def test_an_interrupt_saves_and_resume_finishes_as_if_nothing_had_happened(tmp_p
     train(None, {"run.dir": str(broken)}, resume=True, quiet=True)
     assert timeless(broken) == timeless(whole)
     jax.tree.map(np.testing.assert_array_equal, parameters(broken), parameters(whole))
+
+
+def test_a_run_cannot_be_resumed_with_other_rewards(tmp_path):
+    options = RESUMABLE | {"run.dir": str(tmp_path / "run"), "sft.steps": 1, "rl.steps": 1}
+    train("countdown-tiny", options, rewards=[length_reward], quiet=True)
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    again = {"run.dir": str(tmp_path / "run"), "rl.steps": 2}
+    with pytest.raises(UserError, match=r"started with \['1 \* length_reward'\] .* \['task'\]"):
+        train(None, again, resume=True, quiet=True)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    assert train(None, again, rewards=[length_reward], resume=True, quiet=True).step == 2
+
+
+def test_demonstrations_that_fit_no_bucket_end_the_run_with_the_field(tmp_path):
+    options = RESUMABLE | {"run.dir": str(tmp_path / "run"), "length_buckets": [10]}
+    with pytest.raises(UserError, match="length_buckets: 10000 demonstrations in a row"):
+        train("countdown-tiny", options | {"rollout.max_response_length": 3}, quiet=True)

@@ -109,7 +109,7 @@ def test_a_run_is_reopened_with_the_config_that_it_was_started_with():
         ("run.report", False),
     ],
 )
-def test_how_far_and_how_watched_may_change_and_the_folder_remembers(field, value):
+def test_how_far_and_how_watched_may_change_and_nothing_is_written_yet(field, value):
     folder, started = create_run_folder(load_config("countdown-tiny"))
     section, name = field.split(".")
     assert getattr(getattr(started, section), name) != value
@@ -117,7 +117,7 @@ def test_how_far_and_how_watched_may_change_and_the_folder_remembers(field, valu
     assert getattr(getattr(changed, section), name) == value
     restored = dataclasses.replace(changed, **{section: getattr(started, section)})
     assert restored == started, "nothing else changes"
-    assert reopen_run_folder(None, {}, str(folder)) == (folder, changed)
+    assert reopen_run_folder(None, {}, str(folder)) == (folder, started)
 
 
 @pytest.mark.parametrize(

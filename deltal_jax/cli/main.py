@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     parsed, rest = parser.parse_known_args(arguments)
     # argparse takes no positional after an option; `train NAME --json rl.steps=3` should work.
+    if len(rest) == 1 and getattr(parsed, "problem", "") is None and not rest[0].startswith("-"):
+        parsed.problem = rest.pop()
     if rest and (not hasattr(parsed, "items") or any(item.startswith("-") for item in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:

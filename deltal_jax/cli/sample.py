@@ -30,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     from deltal_jax.training.setup import make_engine
     from deltal_jax.training.trained import load_trained
 
+    if not 0 <= arguments.seed < 2**31:
+        raise UserError(f"--seed: must be in 0 … 2147483647, got {arguments.seed}")
     trained = load_trained(Path(arguments.run), {})
     setup, config = trained.setup, trained.setup.config
     if arguments.problem is None:

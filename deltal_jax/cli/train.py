@@ -95,7 +95,7 @@ def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
 def _print_table(result) -> None:
     from deltal_jax.analysis.statistics import wilson_interval
 
-    print(f"\n{'':24}{'warm-up':>16}{'now (step ' + str(result.step) + ')':>18}")
+    print(f"\n{'':24}{'warm-up':>16}{'now (step ' + str(result.after.get('step', 0)) + ')':>18}")
     rows = (("accuracy (avg@k)", "avg_at_k"), ("pass@k", "pass_at_k"), ("length", "length"))
     for label, key in (*rows, ("truncated", "truncated_frac")):
         if key in result.before:

@@ -26,6 +26,8 @@ class Reward:
     def __post_init__(self) -> None:
         if not callable(self.fn):
             raise UserError(f"rewards: {self.fn!r} is not a function(prompts, responses, answers)")
+        if not math.isfinite(self.weight):
+            raise UserError(f"rewards: the weight of {self.name!r}, {self.weight}, is not finite")
         if not self.name:
             object.__setattr__(self, "name", getattr(self.fn, "__name__", "reward").strip("<>"))
 
@@ -44,6 +46,8 @@ class Grades:
 def as_rewards(items: Sequence[Reward | RewardFunction | str] | None) -> list[Reward | str]:
     """Normalise what `train(rewards=…)` takes; "task" stands for the task's own verifier."""
     rewards: list[Reward | str] = []
+    if callable(items) or isinstance(items, (str, Reward)):
+        raise UserError("rewards: expected a list, such as [fn] or ['task', Reward(fn)]")
     for item in items if items is not None else ["task"]:
         if isinstance(item, str) and item != "task":
             raise UserError(f"rewards: {item!r} is not known; the only name is 'task'")

@@ -17,7 +17,7 @@ import numpy as np
 
 from deltal_jax.analysis.report import write_report
 from deltal_jax.backend import enable_compile_cache
-from deltal_jax.config import Config, load_config
+from deltal_jax.config import Config, dump_config, load_config
 from deltal_jax.errors import UserError
 from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics
 from deltal_jax.objective.surrogate import reinforce
@@ -83,6 +83,7 @@ class _Run:
     display: ProgressDisplay
     profile: tuple[int, int] | None
     stop_requested: bool = False
+    tracing: bool = False
 
     def save(self, state: TrainState, phase: str, step: int) -> float:
         """Save a checkpoint after `step` finished steps of a phase; returns the seconds it took."""
@@ -95,8 +96,11 @@ class _Run:
         return time.perf_counter() - started
 
     def resume_command(self) -> str:
-        """What to type to go on."""
-        return f"deltal train run.dir={self.folder} --resume"
+        """What to type to go on; a run with its own rewards goes on from Python."""
+        if list(self.rewards) == ["task"]:
+            return f"deltal train run.dir={self.folder} --resume"
+        overrides = {"run.dir": str(self.folder)}
+        return f"deltal_jax.train(None, {overrides}, rewards=…the same…, resume=True)"
 
 
 def train(
@@ -126,13 +130,17 @@ def train(
     if resume:
         name = None if experiment is None else str(experiment)
         folder, config = run_folder.reopen_run_folder(name, overrides, overrides.get("run.dir"))
+        _check_rewards(folder, wanted)
         if name is not None and (drift := run_folder.drifted_fields(name, config)):
             display.say(f"note: the run's own config holds, {name} differs in {', '.join(drift)}")
+        run_folder.write_text(folder / run_folder.CONFIG, dump_config(config))
     else:
         config = _load(experiment, overrides)
         run_folder.check_run_folder(config)
         check_setup(make_setup(config))
         folder, config = run_folder.create_run_folder(config)
+    if profile is not None and profile[0] > config.rl.steps:
+        raise UserError(f"--profile: starts at {profile[0]}, but rl.steps is {config.rl.steps}")
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep_last)
     newest = checkpoints.newest() if resume else None
     position, tokenizer = Position("sft", 0, 0, 0), None
@@ -152,6 +160,25 @@ def train(
         writer.close()
         checkpoints.close()
     return _finish(run, step, status, time.monotonic() - started)
+
+
+def _reward_names(rewards: Sequence[Reward | str]) -> list[str]:
+    """Names and weights, as they are kept with the run."""
+    return [r if isinstance(r, str) else f"{r.weight:g} * {r.name}" for r in rewards]
+
+
+def _check_rewards(folder: Path, rewards: Sequence[Reward | str]) -> None:
+    """A resumed run maximises what it was started with."""
+    path = folder / run_folder.SUMMARY
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8")).get("rewards", ["task"])
+    now = _reward_names(rewards)
+    if before != now:
+        raise UserError(
+            f"rewards: the run was started with {before} and cannot go on with {now}; "
+            "resume it from Python with the same rewards"
+        )
 
 
 def _load(experiment: str | Path | None, overrides: dict[str, Any]) -> Config:
@@ -340,6 +367,7 @@ def _announce(run: _Run, newest: int | None, position: Position) -> None:
     said = formula(config)
     facts = {
         "formula": said,
+        "rewards": _reward_names(run.rewards),
         "environment": {
             "jax": jax.__version__,
             "backend": f"{jax.default_backend()} × {jax.device_count()}",
@@ -382,21 +410,36 @@ def _refuse_non_finite(run: _Run, pending: list) -> None:
 
 def _stopped(run: _Run, phase: str, step: int, what: object) -> TrainingError:
     newest = run.checkpoints.newest()
-    saved = f"last good checkpoint: {newest}" if newest is not None else "no checkpoint yet"
-    return TrainingError(f"{phase} step {step}: {what}; {saved} in {run.folder}")
+    warm_up = run.setup.config.sft.steps
+    if newest is None:
+        saved = f"no checkpoint yet in {run.folder}"
+    else:
+        phases = f"RL step {newest - warm_up}" if newest >= warm_up else f"warm-up step {newest}"
+        saved = (
+            f"last good checkpoint: {newest} (after {phases}); go on with: {run.resume_command()}"
+        )
+    return TrainingError(f"{phase} step {step}: {what}; {saved}")
 
 
 @contextmanager
 def _profiled(run: _Run, step: int) -> Iterator[None]:
     """Trace this step if it is among the wanted ones (both ends inclusive)."""
     first, last = run.profile or (0, -1)
-    if step == first:
+    if not first <= step <= last:
+        yield
+        return
+    if not run.tracing:
         jax.profiler.start_trace(str(run.folder / "profile"))
+        run.tracing = True
+    done = False
     try:
         yield
+        done = True
     finally:
-        if first <= step and step == min(last, run.setup.config.rl.steps):
+        ends = step == min(last, run.setup.config.rl.steps)
+        if ends or run.stop_requested or not done:
             jax.profiler.stop_trace()
+            run.tracing = False
 
 
 @contextmanager

@@ -52,6 +52,10 @@ def check_run_folder(config: Config) -> None:
     if config.run.dir is None:
         return
     folder = Path(config.run.dir)
+    try:
+        folder.exists()
+    except OSError as error:
+        raise UserError(f"run.dir: {error.strerror}; name a shorter folder") from error
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir: {folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()):
@@ -63,7 +67,7 @@ def check_run_folder(config: Config) -> None:
 def reopen_run_folder(
     name: str | None, overrides: dict[str, Any], run_dir: str | None
 ) -> tuple[Path, Config]:
-    """The folder to resume and its own config with the overrides on top.
+    """The folder to resume and its own config with the overrides on top. Writes nothing.
 
     Without `run_dir`, the newest run under runs/ of the experiment `name`. Raises UserError if
     there is none, or if an override changes what the run computes.
@@ -81,7 +85,6 @@ def reopen_run_folder(
                 f"{key}: the run was started with {before[key]!r} and cannot go on with "
                 f"{after[key]!r}; start a new run instead"
             )
-    write_text(folder / CONFIG, dump_config(config))
     return folder, config
 
 
@@ -108,8 +111,8 @@ def write_text(path: Path, text: str) -> None:
 
 def _newest_run(name: str | None) -> Path:
     stem = Path(name).name.removesuffix(".yaml") if name else ""
-    found = sorted(Path(RUNS).glob(f"{stem}*/{CONFIG}"), key=lambda p: p.stat().st_mtime)
-    found = [path for path in found if not stem or _run_name(path) == stem]
+    found = [path for path in Path(RUNS).glob(f"*/{CONFIG}") if stem in ("", _run_name(path))]
+    found.sort(key=_last_touched)
     if not found:
         raise UserError(
             f"--resume: no run of {name or 'any experiment'} under {RUNS}/; name run.dir"
@@ -117,8 +120,17 @@ def _newest_run(name: str | None) -> Path:
     return found[-1].parent
 
 
+def _last_touched(path: Path) -> float:
+    """When the run last wrote a line of metrics, or its config before the first."""
+    metrics = path.with_name("metrics.jsonl")
+    return (metrics if metrics.exists() else path).stat().st_mtime
+
+
 def _run_name(path: Path) -> str:
-    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return ""
     return tree.get("run", {}).get("name", "") if isinstance(tree, dict) else ""
 
 

@@ -8,11 +8,14 @@ import numpy as np
 
 from deltal_jax.config import Config
 from deltal_jax.data.tokenizer import Tokenizer
+from deltal_jax.errors import UserError
 from deltal_jax.tasks.base import Task
 from deltal_jax.training.buckets import bucket_rows, make_buckets
 from deltal_jax.types import Bucket, Rollout
 
 Row = tuple[list[int], int]  # token ids, prompt length
+#: Demonstrations that may be too long one after the other.
+MAX_SKIPPED = 10_000
 
 
 def demonstration_batches(config: Config, task: Task, tokenizer: Tokenizer) -> Iterator[Bucket]:
@@ -23,12 +26,20 @@ def demonstration_batches(config: Config, task: Task, tokenizer: Tokenizer) -> I
     """
     edges, budget = config.length_buckets, config.sft.tokens_per_batch
     waiting: dict[int, list[Row]] = {edge: [] for edge in edges}
+    skipped = 0
     for prompt, response in task.demonstrations(config.seed):
         head = [tokenizer.bos_id, *tokenizer.encode(prompt)]
         ids = [*head, *tokenizer.encode(response), tokenizer.eos_ids[0]]
         at = bisect.bisect_left(edges, len(ids))
         if at == len(edges):
+            skipped += 1
+            if skipped > MAX_SKIPPED:
+                raise UserError(
+                    f"length_buckets: {MAX_SKIPPED} demonstrations in a row are longer than the "
+                    f"last, {edges[-1]}; raise it"
+                )
             continue
+        skipped = 0
         rows = waiting[edges[at]]
         rows.append((ids, len(head)))
         if len(rows) == bucket_rows(edges[at], budget):
