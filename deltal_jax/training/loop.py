@@ -131,16 +131,16 @@ def train(
         name = None if experiment is None else str(experiment)
         folder, config = run_folder.reopen_run_folder(name, overrides, overrides.get("run.dir"))
         _check_rewards(folder, wanted)
+        _check_profile(profile, config)
         if name is not None and (drift := run_folder.drifted_fields(name, config)):
             display.say(f"note: the run's own config holds, {name} differs in {', '.join(drift)}")
         run_folder.write_text(folder / run_folder.CONFIG, dump_config(config))
     else:
         config = _load(experiment, overrides)
+        _check_profile(profile, config)
         run_folder.check_run_folder(config)
         check_setup(make_setup(config))
         folder, config = run_folder.create_run_folder(config)
-    if profile is not None and profile[0] > config.rl.steps:
-        raise UserError(f"--profile: starts at {profile[0]}, but rl.steps is {config.rl.steps}")
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep_last)
     newest = checkpoints.newest() if resume else None
     position, tokenizer = Position("sft", 0, 0, 0), None
@@ -179,6 +179,11 @@ def _check_rewards(folder: Path, rewards: Sequence[Reward | str]) -> None:
             f"rewards: the run was started with {before} and cannot go on with {now}; "
             "resume it from Python with the same rewards"
         )
+
+
+def _check_profile(profile: tuple[int, int] | None, config: Config) -> None:
+    if profile is not None and profile[0] > config.rl.steps:
+        raise UserError(f"--profile: starts at {profile[0]}, but rl.steps is {config.rl.steps}")
 
 
 def _load(experiment: str | Path | None, overrides: dict[str, Any]) -> Config:
