@@ -17,23 +17,40 @@ from typing import Any, Literal
 import yaml
 
 from deltal_jax.errors import UserError
+from deltal_jax.objective.names import unknown_name
 
-Aggregation = Literal["delta_l", "sequence_mean", "token_mean", "constant_length"]
+Aggregation = Literal[
+    "delta_l",
+    "sequence_mean",
+    "token_mean",
+    "constant_length",
+    "prompt_mean",
+    "token_sum",
+    "sequence_sum",
+    "local_token_mean",
+    "balanced",
+    "inverse_variance",
+]
 Scope = Literal["batch", "minibatch", "group"]
-Advantage = Literal["group_standardize", "group_center"]
-Surrogate = Literal["clipped", "reinforce"]
-
-#: What other libraries call the aggregations (verl, TRL, the papers).
-FOREIGN_NAMES = {
-    "grpo": "sequence_mean",
-    "seq-mean-token-mean": "sequence_mean",
-    "dapo": "token_mean",
-    "token-mean": "token_mean",
-    "dr_grpo": "constant_length",
-    "seq-mean-token-sum-norm": "constant_length",
-    "vl_norm": "delta_l",
-    "delta_L": "delta_l",
-}
+Advantage = Literal[
+    "group_standardize",
+    "group_center",
+    "leave_one_out",
+    "batch_standardize",
+    "length_weighted_baseline",
+    "max_rl",
+]
+Surrogate = Literal["clipped", "reinforce", "gspo", "gspo_token", "cispo", "gmpo", "sapo", "dppo"]
+Correction = Literal["none", "token_truncate", "token_mask", "sequence_mask"]
+#: Aggregations that take a scope; the others have one of their own, or none.
+SCOPED = (
+    "delta_l",
+    "sequence_mean",
+    "token_mean",
+    "constant_length",
+    "sequence_sum",
+    "inverse_variance",
+)
 
 
 def _field(default: Any, help_: str, *, low: float | None = None, high: float | None = None) -> Any:
@@ -111,14 +128,51 @@ class ObjectiveConfig:
     normalizer: float | None = _field(
         None, "the constant M; default: rollout.max_response_length", low=1e-9
     )
+    rho: tuple[float, ...] | None = _field(
+        None, "autocorrelation of token gradients at distances 1, 2, …; for inverse_variance"
+    )
+    microbatch_size: int = _field(4, "responses that local_token_mean averages over", low=1)
+    overlong_filter: bool = _field(False, "give truncated responses the weight 0")
+    count_masked: bool = _field(False, "keep filtered responses in the denominators")
     advantage: Advantage = _field("group_standardize", "advantage estimator")
     surrogate: Surrogate = _field("clipped", "per-token loss")
-    clip_low: float = _field(0.2, "lower clip range of the ratio", low=0.0, high=1.0)
-    clip_high: float = _field(0.2, "upper clip range of the ratio", low=0.0)
-    dual_clip: float | None = _field(None, "bound on the ratio where A < 0; null: none", low=1.0)
+    clip_low: float | None = _field(
+        None, "lower clip range of the ratio; default: the surrogate's own", low=0.0
+    )
+    clip_high: float | None = _field(
+        None, "upper clip range of the ratio; default: the surrogate's own", low=0.0
+    )
+    dual_clip: float | None = _field(
+        None, "clipped: bound on the ratio where A < 0; null: none", low=1 + 1e-9
+    )
+    threshold: float | None = _field(
+        None, "dppo: how far a token's probability may move; default: 0.2", low=0.0, high=1.0
+    )
+    tau_positive: float | None = _field(
+        None, "sapo: temperature of the gate where A > 0; default: 1", low=1e-3
+    )
+    tau_negative: float | None = _field(
+        None, "sapo: temperature of the gate where A < 0; default: 1.05", low=1e-3
+    )
     old_logprobs: Literal["sampler", "recompute"] = _field(
         "sampler",
         "log-probabilities in the ratio's denominator: the sampler's or the trainer's own",
+    )
+    importance_correction: Correction = _field(
+        "none", "of the sampler's log-probabilities against recomputed ones"
+    )
+    correction_threshold: float = _field(
+        2.0, "largest trainer/sampler ratio that the correction lets pass", low=1.0
+    )
+    kl_coefficient: float = _field(
+        0.0, "of the KL to the model as RL began; 0: no reference model", low=0.0
+    )
+    kl_estimator: Literal["kl_k2", "kl_k3", "kl_k3_straight_through"] = _field(
+        "kl_k3_straight_through", "estimator of the KL in the loss"
+    )
+    entropy_coefficient: float = _field(0.0, "of the entropy bonus", low=0.0)
+    auxiliary_aggregation: Aggregation = _field(
+        "token_mean", "aggregation of the KL and entropy terms"
     )
 
 
@@ -130,6 +184,7 @@ class RlConfig:
     updates_per_rollout: int = _field(1, "mini-batches, each one optimizer update", low=1)
     epochs_per_rollout: int = _field(1, "passes over the rollout", low=1)
     tokens_per_microbatch: int = _field(1024, "padded tokens at once; memory only", low=1)
+    pack: bool = _field(False, "several short responses to a row; speed and memory only")
     optimizer: OptimizerConfig = _field(OptimizerConfig, "optimizer of the updates")
 
     @property
@@ -159,8 +214,10 @@ class Config:
 
     run: RunConfig = _field(RunConfig, "where results go")
     seed: int = _field(0, "root of all randomness", low=0, high=2**31 - 1)
-    length_buckets: tuple[int, ...] = _field(
-        (32, 64, 128, 200), "padded lengths (prompt + response); longer rows are never cut", low=1
+    length_buckets: tuple[int, ...] | None = _field(
+        None,
+        "padded lengths (prompt + response); default: each a quarter longer, to the longest row",
+        low=1,
     )
     task: TaskConfig = _field(TaskConfig, "what is learnt")
     model: ModelConfig = _field(ModelConfig, "the network")
@@ -170,6 +227,18 @@ class Config:
     rl: RlConfig = _field(RlConfig, "reinforcement learning")
     evaluate: EvaluateConfig = _field(EvaluateConfig, "evaluation on held-out problems")
     checkpoint: CheckpointConfig = _field(CheckpointConfig, "checkpoints")
+
+    @property
+    def bucket_edges(self) -> tuple[int, ...]:
+        """`length_buckets`, or its default: multiples of 8, each about a quarter longer than the
+        last, up to the longest prompt with the longest response."""
+        if self.length_buckets is not None:
+            return self.length_buckets
+        longest = self.rollout.max_prompt_length + self.rollout.max_response_length
+        edges = [16]
+        while edges[-1] < longest:
+            edges.append(max(edges[-1] + 8, math.ceil(edges[-1] * 1.25 / 8) * 8))
+        return (*(edge for edge in edges if edge < longest), longest)
 
 
 def config_folder() -> Path:
@@ -327,10 +396,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        known = FOREIGN_NAMES.get(str(value))
-        close = f"; its name here is {known!r}" if known in args else None
-        close = close or _nearest(str(value), [str(a) for a in args])
-        raise UserError(f"{path}: {value!r} is not one of {', '.join(map(str, args))}{close}")
+        raise UserError(unknown_name(path, value, args))
     if origin in (typing.Union, types.UnionType):
         inner = next(a for a in args if a is not type(None))
         return None if value is None else _convert(inner, value, path)
@@ -374,7 +440,8 @@ def _check(config: Config) -> None:
             f"model.head_dim: {head_dim:g} is not an even number; set it, or a model.d_model that "
             f"model.heads={model.heads} divides into even heads"
         )
-    if list(config.length_buckets) != sorted(set(config.length_buckets)):
+    buckets = config.bucket_edges
+    if list(buckets) != sorted(set(buckets)):
         raise UserError("length_buckets: must increase")
     if rl.prompts_per_step % rl.updates_per_rollout:
         raise UserError(
@@ -382,15 +449,37 @@ def _check(config: Config) -> None:
             f"rl.prompts_per_step={rl.prompts_per_step}"
         )
     longest = rollout.max_prompt_length + rollout.max_response_length
-    if config.length_buckets[-1] < longest:
+    if buckets[-1] < longest:
         raise UserError(
-            f"length_buckets: the last is {config.length_buckets[-1]}, but prompt and response may "
+            f"length_buckets: the last is {buckets[-1]}, but prompt and response may "
             f"take rollout.max_prompt_length + rollout.max_response_length = {longest} tokens"
         )
-    if rl.samples_per_prompt == 1 and config.objective.advantage.startswith("group_"):
+    if rl.samples_per_prompt == 1 and config.objective.advantage != "batch_standardize":
         raise UserError(
             "rl.samples_per_prompt: a group of 1 has no spread, so every advantage would be 0; "
-            "use at least 2"
+            "use at least 2, or objective.advantage=batch_standardize"
+        )
+    _check_objective(config.objective)
+
+
+def _check_objective(objective: ObjectiveConfig) -> None:
+    methods = {objective.aggregation}
+    if objective.kl_coefficient or objective.entropy_coefficient:
+        methods.add(objective.auxiliary_aggregation)
+    for method in methods:
+        if objective.scope != "batch" and method not in SCOPED:
+            raise UserError(f"objective.scope: {method} has no scope to choose; leave it at batch")
+    if "inverse_variance" in methods and objective.rho is None:
+        raise UserError(
+            "objective.rho: inverse_variance needs it, such as [0.2, 0.1]; for a variance of "
+            "L^β use delta_l with objective.alpha=β"
+        )
+    if objective.rho is not None and max(map(abs, objective.rho)) > 1:
+        raise UserError(f"objective.rho: an autocorrelation is in -1 … 1, got {objective.rho}")
+    if objective.importance_correction != "none" and objective.old_logprobs == "sampler":
+        raise UserError(
+            "objective.importance_correction: needs the trainer's own log-probabilities; set "
+            "objective.old_logprobs=recompute"
         )
 
 

@@ -1,7 +1,6 @@
 """The pytrees that flow through a step. No logic beyond derived shapes.
 
-Alphabet: P prompts, G samples a prompt, B = P·G responses, N rows, T tokens, S segments, V
-vocabulary.
+Alphabet: P prompts, G samples a prompt, B = P·G responses, N rows, T tokens, V vocabulary.
 """
 
 import dataclasses
@@ -53,10 +52,12 @@ class Rollout:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """One micro-batch of a fixed shape: rows of tokens, each token owned by one segment (response).
+    """One micro-batch of a fixed shape: rows of tokens, one response or several in each.
 
-    `segment_ids` of padding is S (out of range), so that every segment reduction drops it. Rows of
-    a bucket that hold no response have weight 0 and an empty loss mask.
+    A token's segment is its response's number in the whole rollout, so the arrays over responses
+    are the rollout's own, whatever the split; padding belongs to segment B, out of range, and every
+    segment reduction drops it. Positions count from the start of each response's prompt. Built in
+    host memory (NumPy); `training.step.Update.place` puts it on the devices.
     """
 
     tokens: Int[jax.Array, "N T"]
@@ -65,8 +66,12 @@ class Bucket:
     loss_mask: Bool[jax.Array, "N T"]
     sampler_logprobs: Float[jax.Array, "N T"]
     old_logprobs: Float[jax.Array, "N T"]
-    advantages: Float[jax.Array, " S"]
-    weights: Float[jax.Array, " S"]
+    advantages: Float[jax.Array, " B"]
+    weights: Float[jax.Array, " B"]
+    #: Weights of the KL and entropy terms, which keep an aggregation of their own.
+    auxiliary_weights: Float[jax.Array, " B"]
+    #: Of the reference model, where there is a KL term.
+    reference_logprobs: Float[jax.Array, "N T"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -80,3 +85,5 @@ class TrainState:
     #: Optimizer updates done in this phase.
     updates: Int[jax.Array, ""]
     key: Shaped[jax.Array, ""]
+    #: Parameters of the reference model, where there is a KL term; they never change.
+    reference: Any = None

@@ -1,5 +1,6 @@
 """Small real parts that the tests share: models, prompts and rollouts of known content."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,6 +13,8 @@ from deltal_jax.model.transformer import Architecture, init_model, split_model
 from deltal_jax.types import Prompts, Rollout
 
 PLAIN = Architecture(vocab=23, layers=2, d_model=16, heads=2, kv_heads=2, head_dim=8, d_ff=24)
+#: Soon compiled, for laws that need many shapes.
+SHALLOW = dataclasses.replace(PLAIN, layers=1, kv_heads=1, remat=False)
 #: Everything that may differ: grouped heads, a head_dim of its own, tied embeddings, remat off.
 GROUPED = Architecture(
     vocab=23,

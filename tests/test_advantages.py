@@ -239,11 +239,14 @@ def test_batch_standardize_ignores_groups():
 
 
 def test_the_length_weighted_baseline_by_hand():
+    def opo(rewards, ids, lengths):
+        return length_weighted_baseline(rewards, lengths, ids)
+
     lengths = jnp.asarray([10, 30, 20, 5, 7, 9, 11, 40])
     baseline = (10 * 1.0 + 20 * 0.5 + 40 * 0.75) / 100
     want = [1 - baseline, -baseline, 0.5 - baseline, 0, 0, 0, 0, 0.75 - baseline]
-    np.testing.assert_allclose(both(length_weighted_baseline, lengths), want, atol=1e-6)
-    equal = both(length_weighted_baseline, jnp.full(8, 6))
+    np.testing.assert_allclose(both(opo, lengths), want, atol=1e-6)
+    equal = both(opo, jnp.full(8, 6))
     np.testing.assert_allclose(equal, both(group_center), atol=1e-6)
 
 
@@ -254,17 +257,63 @@ def test_max_rl_divides_by_the_mean_and_is_zero_where_that_is_zero():
     assert both(max_rl, rewards=[0.0] * 8).tolist() == [0.0] * 8
     with pytest.raises(ValueError, match="must not be negative"):
         max_rl(jnp.asarray([1.0, -0.1]), jnp.asarray([0, 0]))
+    traced = jax.jit(max_rl)(jnp.asarray([1.0, -3.0, 1.0, 3.0]), jnp.asarray([0, 0, 1, 1]))
+    np.testing.assert_allclose(traced, [0.0, 0.0, -0.5, 0.5], rtol=1e-6)  # means −1 and 2
+
+
+def estimator(name: str):
+    """By rewards and group ids alone; OPO's lengths follow the rewards."""
+
+    def opo(rewards, ids, **options):
+        lengths = 2.0 + jnp.nan_to_num(rewards)
+        return length_weighted_baseline(rewards, lengths, ids, **options)
+
+    return opo if name == "length_weighted_baseline" else ADVANTAGES[name]
 
 
 @pytest.mark.parametrize("name", sorted(ADVANTAGES))
 def test_every_estimator_gives_exactly_zero_to_constant_groups(name):
-    function = ADVANTAGES[name]
-    extra = (jnp.arange(1, 7),) if name == "length_weighted_baseline" else ()
-    value = both(function, *extra, rewards=[0.35] * 6, ids=[0, 0, 0, 1, 1, 1])
+    value = both(estimator(name), rewards=[0.35] * 6, ids=[0, 0, 0, 1, 1, 1])
     assert value.tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+def test_every_estimator_leaves_missing_and_filtered_rewards_out(name):
+    function = estimator(name)
+    rewards, ids = np.asarray([1.0, 9, 0.5, 2, 1, 9, 0]), np.asarray([0, 0, 0, 1, 1, 1, 2])
+    known = np.asarray([True, False, True, True, True, False, True])
+    alone = np.asarray(function(jnp.asarray(rewards[known]), jnp.asarray(ids[known])))
+    for given_, where in ((np.where(known, rewards, np.nan), None), (rewards, jnp.asarray(known))):
+        found = np.asarray(function(jnp.asarray(given_), jnp.asarray(ids), where=where))
+        np.testing.assert_allclose(found[known], alone, rtol=1e-6, atol=1e-7)
+        np.testing.assert_array_equal(found[~known], 0.0)
+
+
+@pytest.mark.parametrize("name", sorted(set(ADVANTAGES) - {"batch_standardize"}))
+def test_every_estimator_gives_zero_to_a_group_of_one(name):
+    found = both(estimator(name), rewards=[0.35, 7.0, 1.0, 3.0], ids=[0, 3, 1, 1])
+    assert found[:2].tolist() == [0.0, 0.0]
+    assert np.abs(found[2:]).min() > 0
+
+
+def test_the_only_known_reward_of_a_batch_has_zero_advantage():
+    assert both(batch_standardize, rewards=[np.nan, 0.35], ids=[0, 0]).tolist() == [0.0, 0.0]
+    assert both(batch_standardize, rewards=[np.nan] * 2, ids=[0, 0]).tolist() == [0.0, 0.0]
+
+
+def test_the_batch_standardisation_of_a_million_rewards_is_right_in_float32():
+    rewards = np.random.default_rng(0).random(10**6).astype(np.float32)
+    found = np.asarray(batch_standardize(jnp.asarray(rewards)))
+    exact = rewards.astype(np.float64)
+    want = (exact - exact.mean()) / (exact.std(ddof=1) + EPSILON)
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("ids", [[0, 2], [-1, 0]])
 def test_ids_outside_the_batch_are_refused(ids):
     with pytest.raises(ValueError, match=r"group_ids: expected ids in \[0, 2\)"):
         group_center(jnp.asarray([1.0, 0.0]), jnp.asarray(ids))
+    at_hand = jnp.asarray(ids)
+    closed_over = jax.jit(lambda rewards: group_center(rewards, at_hand))
+    with pytest.raises(ValueError, match=r"group_ids: expected ids in \[0, 2\)"):
+        closed_over(jnp.asarray([1.0, 0.0]))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +26,7 @@ from deltal_jax.objective.aggregation import (
     token_mean,
     token_sum,
 )
+from deltal_jax.objective.surrogate import clipped
 
 #: Those that need lengths alone and take every common option.
 METHODS = ["delta_l", "sequence_mean", "token_mean", "constant_length"]
@@ -150,6 +152,18 @@ def test_exponent_one_is_grpo_times_harmonic_mean_over_m_within_a_batch(seed):
     )
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_in_minibatch_scope_that_factor_is_each_minibatchs_own(seed):
+    lengths = ragged(seed)
+    minibatches = np.random.default_rng(seed).permutation(np.arange(24) // 8)
+    ours = weigh("delta_l", lengths, alpha=1.0, scopes=minibatches)
+    grpo = weigh("sequence_mean", lengths, scopes=minibatches)
+    for number in range(3):
+        inside = minibatches == number
+        factor = harmonic_mean(lengths[inside]) / M
+        np.testing.assert_allclose(ours[inside], grpo[inside] * factor, rtol=1e-6)
+
+
 def test_exponent_one_is_not_in_grpos_direction_when_normalised_by_group():
     lengths, groups = np.asarray([1, 1, 100, 100]), np.asarray([0, 0, 1, 1])
     ours = weigh("delta_l", lengths, alpha=1.0, scopes=groups)
@@ -170,6 +184,17 @@ def test_token_mean_is_proportional_to_constant_length(seed):
     )
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_in_minibatch_scope_they_are_proportional_within_each_minibatch(seed):
+    lengths, minibatches = ragged(seed), np.arange(24) % 3
+    ours = weigh("token_mean", lengths, scopes=minibatches)
+    constant = weigh("constant_length", lengths, scopes=minibatches)
+    for number in range(3):
+        inside = minibatches == number
+        factor = 8 * M / lengths[inside].sum()
+        np.testing.assert_allclose(ours[inside], constant[inside] * factor, rtol=1e-6)
+
+
 @pytest.mark.parametrize("length", [1, 37, 10**6])
 def test_equal_lengths_make_all_methods_equal_up_to_m(length):
     lengths = np.full(8, length)
@@ -181,6 +206,17 @@ def test_equal_lengths_make_all_methods_equal_up_to_m(length):
     ):
         weights = weigh(method, lengths, alpha=1.7)
         np.testing.assert_allclose(weights * factor, np.full(8, 1 / 8), rtol=1e-5)
+    groups, signs = jnp.arange(8) // 2, jnp.asarray([1.0, -1, 1, -1, -1, -1, 1, 2])
+    same = jnp.asarray(lengths)
+    for weights, factor in (
+        (sequence_sum(same), 1),
+        (prompt_mean(same, groups), length),
+        (local_token_mean(same, groups), length),
+        (balanced(same, signs), length),
+        (inverse_variance(same, {"beta": 1.7}, normalizer=M), M),
+        (inverse_variance(same, {"rho": jnp.asarray([0.3, 0.1])}, normalizer=M), M),
+    ):
+        np.testing.assert_allclose(np.asarray(weights) * factor, np.full(8, 1 / 8), rtol=1e-5)
 
 
 @given(batches())
@@ -244,6 +280,22 @@ def test_exponent_beta_minimises_the_variance_when_variance_grows_like_length_to
             assert variance(best + nudge) > variance(best)
     for other in (beta - 0.3, beta + 0.3):
         assert variance(weigh("delta_l", lengths, alpha=other)) > variance(best)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 1.6])
+def test_a_numerical_optimiser_finds_no_other_unbiased_weights_of_least_variance(beta):
+    lengths = ragged(6, size=6, longest=60)
+    costs = (lengths / lengths.mean()) ** beta
+    found = scipy.optimize.minimize(
+        lambda u: np.sum(u**2 * costs),  # u = w·M
+        np.full(6, 1 / 6),
+        jac=lambda u: 2 * u * costs,
+        constraints={"type": "eq", "fun": lambda u: np.sum(u) - 1, "jac": np.ones_like},
+        method="SLSQP",
+        options={"ftol": 1e-15, "maxiter": 500},
+    )
+    assert found.success
+    np.testing.assert_allclose(weigh("delta_l", lengths, alpha=beta) * M, found.x, atol=2e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -343,6 +395,105 @@ def test_the_exponent_may_be_traced_and_its_gradient_is_finite_also_at_length_ze
     w = formula("delta_l", L, 0.75) * M
     analytic = np.sum(w * S * (-np.log(L) + np.sum(w * np.log(L))))
     assert float(slope) == pytest.approx(analytic, rel=1e-5)
+
+
+def test_that_gradient_is_right_in_scopes_too():
+    lengths, sums, scopes = jnp.asarray(ragged(3)), jnp.arange(24.0), jnp.arange(24) % 3
+
+    def estimate(alpha):
+        return jnp.sum(delta_l(lengths, alpha, scope_ids=scopes) * sums)
+
+    slope = jax.jit(jax.grad(estimate))(jnp.asarray(0.75))
+    L, S, analytic = np.asarray(lengths, float), np.arange(24.0), 0.0
+    for scope in range(3):
+        w = formula("delta_l", L[scope::3], 0.75) * M
+        logs = np.log(L[scope::3])
+        analytic += np.sum(w * S[scope::3] * (np.sum(w * logs) - logs)) / 3
+    assert float(slope) == pytest.approx(analytic, rel=1e-5)
+
+
+MILLION = 10**6
+
+
+def million_lengths(kind: str) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return {
+        "lognormal": lambda: np.clip(rng.lognormal(7, 1, MILLION), 1, MILLION).astype(np.int32),
+        "one short": lambda: np.where(np.arange(MILLION) == 0, 1, MILLION).astype(np.int32),
+        "short and long": lambda: np.where(rng.random(MILLION) < 0.5, 1, MILLION).astype(np.int32),
+        "sorted": lambda: np.sort(rng.integers(1, MILLION + 1, MILLION)).astype(np.int32),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["lognormal", "one short", "short and long", "sorted"])
+def test_a_million_responses_are_weighed_to_float32s_precision_in_every_scope(kind):
+    """A plain float32 sum of 10^6 in one scope would be off by up to 2 %."""
+    lengths, index = million_lengths(kind), np.arange(MILLION)
+    scopes_of = {"batch": None, "one": index * 0, "four": index // 250_000, "groups": index // 8}
+    for alpha in (-1.0, 0.75, 1.0, 3.0):
+        powers = lengths.astype(np.float64) ** -alpha
+        for name, scopes in scopes_of.items():
+            of = index * 0 if scopes is None else scopes
+            reference = powers / np.bincount(of, powers)[of] / (of[-1] + 1)
+            given_scopes = None if scopes is None else jnp.asarray(scopes)
+            weights = million_weights()(jnp.asarray(lengths), alpha, given_scopes)
+            weights = np.asarray(weights, np.float64)
+            np.testing.assert_allclose(weights * M, reference, rtol=FLOAT32, err_msg=name)
+            assert weights.sum() * M == pytest.approx(1.0, abs=1e-5)
+
+
+@functools.cache
+def million_weights():
+    return jax.jit(lambda L, alpha, ids: delta_l(L, alpha, normalizer=M, scope_ids=ids))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["lognormal", "short and long"])
+def test_other_methods_too_are_right_for_a_million_responses(method, kind):
+    lengths = million_lengths(kind)
+    options = {"normalizer": M} if method in ("delta_l", "constant_length") else {}
+    weights = np.asarray(AGGREGATIONS[method](jnp.asarray(lengths), **options))
+    np.testing.assert_allclose(weights, formula(method, lengths, 1.0), rtol=FLOAT32)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [24, 5000])
+def test_in_scopes_the_order_of_the_responses_does_not_change_one_bit(method, size):
+    rng = np.random.default_rng(size)
+    lengths, scopes = ragged(5, size=size, longest=8192), rng.integers(0, 3, size)
+    order = rng.permutation(size)
+    np.testing.assert_array_equal(
+        weigh(method, lengths[order], alpha=0.75, scopes=scopes[order]),
+        weigh(method, lengths, alpha=0.75, scopes=scopes)[order],
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_from_logprobs_of_any_precision_the_gradient_is_the_weighted_advantage_or_exactly_zero(
+    dtype,
+):
+    """Response 1 is filtered, 2 has no tokens, 3 no advantage; 0 and 4 are trained."""
+    lengths = np.asarray([2, 3, 0, 1, 4])
+    where = np.asarray([True, False, True, True, True])
+    advantages = np.asarray([1.5, 1.0, 2.0, 0.0, -0.5])
+    mask = np.arange(5)[None, :] < lengths[:, None]
+    ids = jnp.broadcast_to(jnp.arange(5)[:, None], (5, 5))
+    logprobs = jnp.asarray(-np.random.default_rng(0).random((5, 5)), dtype)
+    weights = delta_l(jnp.asarray(lengths, dtype), 0.75, normalizer=M, where=jnp.asarray(where))
+
+    def loss(values):
+        spread = jnp.broadcast_to(jnp.asarray(advantages, dtype)[:, None], (5, 5))
+        losses = clipped(values, logprobs, spread)
+        return policy_gradient_loss(losses, weights, ids, jnp.asarray(mask))[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(logprobs)
+    scaled = expected("delta_l", lengths, alpha=0.75, where=where) * advantages
+    rtol = float(jnp.finfo(dtype).eps) * 4
+    np.testing.assert_allclose(float(value), -np.sum(scaled * lengths), rtol=rtol)
+    found = np.asarray(gradient, np.float64)
+    np.testing.assert_allclose(found, -scaled[:, None] * mask, rtol=rtol)
+    np.testing.assert_array_equal(found[[1, 2, 3]], 0.0)
+    np.testing.assert_array_equal(found[~mask], 0.0)
 
 
 @pytest.mark.parametrize("function", [delta_l, sequence_mean, token_mean, constant_length])

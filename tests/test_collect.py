@@ -1,11 +1,9 @@
-"""A rollout batch: advantages, weights and metrics agree with the objective."""
+"""A rollout batch: its prompts, its grades, and metrics that agree with them."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltal_jax import delta_l, group_standardize
 from deltal_jax.config import load_config
 from deltal_jax.tasks.base import Verdict
 from deltal_jax.tasks.grading import Grades, Reward
@@ -20,7 +18,6 @@ OPTIONS = {
     "rollout.max_response_length": 20,
     "rl.prompts_per_step": 4,
     "rl.samples_per_prompt": 4,
-    "objective.alpha": 0.5,
 }
 
 
@@ -39,17 +36,31 @@ def collected():
     ]
 
 
-def test_weights_and_advantages_are_the_objective_of_the_batch(collected):
+def test_rewards_are_the_users_and_a_missing_one_is_kept_apart(collected):
     _, (batch, _) = collected
-    rewards, groups = jnp.asarray(batch.grades.rewards), jnp.asarray(batch.rollout.group_ids)
-    assert np.isnan(rewards).nonzero()[0].tolist() == [5]
-    lengths = jnp.asarray(batch.rollout.response_lengths)
-    weights = delta_l(lengths, 0.5, normalizer=20.0, where=~jnp.isnan(rewards))
-    np.testing.assert_allclose(batch.weights, weights, rtol=1e-6)
-    assert batch.weights[5] == 0.0 and batch.weights.sum() == pytest.approx(1 / 20)
-    np.testing.assert_allclose(batch.advantages, group_standardize(rewards, groups), rtol=1e-6)
+    rewards = batch.grades.rewards
+    want = np.asarray([float(len(r) % 3) for r in batch.responses])
+    want[5] = np.nan
+    np.testing.assert_array_equal(rewards, want)
     assert batch.metrics["reward/missing"] == 1
-    assert batch.metrics["length/mean"] == pytest.approx(float(lengths.mean()))
+    assert batch.metrics["reward/mean"] == pytest.approx(np.nanmean(want))
+
+
+def test_responses_are_the_texts_of_the_sampled_tokens(collected):
+    setup, (batch, _) = collected
+    rollout = batch.rollout
+    assert len(batch.responses) == 16
+    np.testing.assert_array_equal(rollout.group_ids, np.repeat(np.arange(4), 4))
+    for i, text in enumerate(batch.responses):
+        ids = rollout.tokens[i, rollout.prompt_lengths[i] : rollout.lengths[i]].tolist()
+        ended = ids[-1] in setup.tokenizer.eos_ids
+        assert ended != rollout.truncated[i]
+        assert text == setup.tokenizer.decode(ids[:-1] if ended else ids)
+    lengths = rollout.lengths - rollout.prompt_lengths
+    np.testing.assert_array_equal(rollout.response_lengths, lengths)
+    assert batch.metrics["length/mean"] == pytest.approx(lengths.mean())
+    assert batch.metrics["length/max"] == lengths.max()
+    assert batch.metrics["length/truncated_frac"] == pytest.approx(rollout.truncated.mean())
 
 
 def test_prompts_come_from_consecutive_positions_of_the_stream(collected):

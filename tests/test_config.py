@@ -2,8 +2,11 @@
 
 import ast
 import dataclasses
+import inspect
+import itertools
 import math
 import re
+import textwrap
 import typing
 from pathlib import Path
 
@@ -14,9 +17,11 @@ from hypothesis import strategies as st
 import deltal_jax
 from deltal_jax import config as module
 from deltal_jax.config import (
-    FOREIGN_NAMES,
+    SCOPED,
     Config,
+    ObjectiveConfig,
     OptimizerConfig,
+    RolloutConfig,
     config_folder,
     describe_fields,
     dump_config,
@@ -26,6 +31,13 @@ from deltal_jax.config import (
 )
 from deltal_jax.errors import UserError
 from deltal_jax.model.transformer import Architecture
+from deltal_jax.objective.advantages import ADVANTAGES
+from deltal_jax.objective.aggregation import AGGREGATIONS
+from deltal_jax.objective.correction import CORRECTIONS
+from deltal_jax.objective.divergence import DIVERGENCES
+from deltal_jax.objective.names import FOREIGN_NAMES
+from deltal_jax.objective.surrogate import SURROGATES
+from deltal_jax.training.objective import SURROGATE_OPTIONS
 
 SHIPPED = sorted(config_folder().rglob("*.yaml"))
 TINY = "countdown-tiny"
@@ -215,7 +227,8 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_type_and_the_value(key, v
         (
             "objective.aggregation",
             "deltal",
-            "'deltal' is not one of delta_l, sequence_mean, token_mean, constant_length; "
+            "'deltal' is not one of delta_l, sequence_mean, token_mean, constant_length, "
+            "prompt_mean, token_sum, sequence_sum, local_token_mean, balanced, inverse_variance; "
             "did you mean 'delta_l'?",
         ),
         (
@@ -226,7 +239,8 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_type_and_the_value(key, v
         (
             "objective.surrogate",
             "clip",
-            "'clip' is not one of clipped, reinforce; did you mean 'clipped'?",
+            "'clip' is not one of clipped, reinforce, gspo, gspo_token, cispo, gmpo, sapo, dppo; "
+            "did you mean 'clipped'?",
         ),
         ("rl.optimizer.schedule", ["x"], "['x'] is not one of constant, cosine"),
         ("task.name", None, "None is not one of countdown"),
@@ -261,7 +275,7 @@ def bounded(side: str) -> list:
 @pytest.mark.parametrize(("name", "low", "hint"), bounded("low"))
 def test_a_value_below_its_bound_is_refused_with_the_bound(name, low, hint):
     below = low - 1 if isinstance(low, int) else low - 1e-3
-    below = [int(below)] if hint == tuple[int, ...] else below
+    below = [int(below)] if hint == tuple[int, ...] | None else below
     shown = below[0] if isinstance(below, list) else below
     assert message({name: below}) == f"{name}: must be at least {low}, got {shown}"
 
@@ -439,6 +453,7 @@ def values(hint: type, field: dataclasses.Field) -> st.SearchStrategy:
         float: st.floats(low, high, allow_nan=False, allow_infinity=False),
         str: st.text(max_size=30),
         tuple[int, ...]: st.lists(st.integers(1, 10**6), min_size=1, max_size=4).map(tuple),
+        tuple[float, ...]: st.lists(st.floats(-1, 1), min_size=1, max_size=4).map(tuple),
     }[hint]
 
 
@@ -473,7 +488,8 @@ def test_described_fields_are_those_of_the_config_with_their_defaults_and_a_help
     assert rows["rl.steps"][:2] == ("int", 100)
     assert rows["run.dir"][:2] == ("text or null", None)
     assert rows["objective.scope"][:2] == ("batch|minibatch|group", "batch")
-    assert rows["length_buckets"][:2] == ("list of int", (32, 64, 128, 200))
+    assert rows["length_buckets"][:2] == ("list of int or null", None)
+    assert rows["objective.rho"][:2] == ("list of float or null", None)
     assert rows["model.remat"][:2] == ("true|false", False)
     assert all(help_.strip() for _, _, help_ in rows.values())
     assert len(rows) <= 120
@@ -541,15 +557,31 @@ class Readers(ast.NodeVisitor):
         self.generic_visit(node)
         self.known = outer
 
+    def visit_property(self, kind: type, name: str) -> None:
+        """The body of a config's property, whose `self` is that config."""
+        source = textwrap.dedent(inspect.getsource(getattr(kind, name).fget))
+        self.known["self"] = kind
+        for statement in ast.parse(source).body[0].body:
+            self.visit(statement)
+
 
 def fields_read() -> set[tuple[type, str]]:
-    """(class, field) of every config field that the package reads; the model's are read as those of
-    the Architecture that they are copied into by name."""
-    reading = set()
+    """(class, field) of every config field that the package reads.
+
+    The model's are read as those of the Architecture that they are copied into by name, and a
+    property is read for the fields that it is made of. The surrogates' options are read in a loop
+    over their names, which tests/test_objective.py checks one by one.
+    """
+    reading = {(ObjectiveConfig, name) for name in SURROGATE_OPTIONS}
     for path in Path(deltal_jax.__file__).parent.rglob("*.py"):
         if path.name != "config.py":
             readers = Readers()
             readers.visit(ast.parse(path.read_text(encoding="utf-8")))
+            reading |= readers.read
+    for kind, name in sorted(reading, key=str):
+        if isinstance(getattr(kind, name, None), property):
+            readers = Readers()
+            readers.visit_property(kind, name)
             reading |= readers.read
     if (Config, "model") in reading:
         reading |= {(module.ModelConfig, name) for kind, name in reading if kind is Architecture}
@@ -592,6 +624,10 @@ def test_the_search_for_readers_knows_a_config_from_a_namesake():
         ("Config", "evaluate"),
         ("EvaluateConfig", "rows"),
     }
+    of_property = Readers()
+    of_property.visit_property(module.RlConfig, "updates")
+    names = {"steps", "updates_per_rollout", "epochs_per_rollout"}
+    assert of_property.read == {(module.RlConfig, name) for name in names}
 
 
 def test_every_error_is_one_line_that_starts_with_the_field():
@@ -601,7 +637,127 @@ def test_every_error_is_one_line_that_starts_with_the_field():
             assert re.match(rf"{re.escape(name)}: ", said), said
 
 
-@pytest.mark.parametrize(("theirs", "ours"), sorted(FOREIGN_NAMES.items()))
-def test_names_of_other_libraries_are_answered_with_ours(theirs, ours):
-    with pytest.raises(UserError, match=rf"its name here is '{ours}'"):
-        load_config("countdown-tiny", {"objective.aggregation": theirs})
+#: Field of the objective → the functions that it chooses among.
+TABLES = {
+    "aggregation": AGGREGATIONS,
+    "auxiliary_aggregation": AGGREGATIONS,
+    "advantage": ADVANTAGES,
+    "surrogate": SURROGATES,
+    "importance_correction": CORRECTIONS,
+}
+
+
+@pytest.mark.parametrize(("field", "table"), TABLES.items(), ids=list(TABLES))
+def test_the_choices_of_the_objective_are_the_functions_that_there_are(field, table):
+    choices = typing.get_args(typing.get_type_hints(ObjectiveConfig)[field])
+    assert sorted(choices) == sorted(table)
+    for name in choices:
+        options = {"objective.rho": [0.2], "objective.old_logprobs": "recompute"}
+        config = load_config(TINY, options | {f"objective.{field}": name})
+        assert getattr(config.objective, field) == name
+
+
+def test_every_divergence_but_k1_may_be_a_loss():
+    choices = typing.get_args(typing.get_type_hints(ObjectiveConfig)["kl_estimator"])
+    assert set(choices) == set(DIVERGENCES) - {"kl_k1"}
+
+
+@pytest.mark.parametrize(
+    ("field", "theirs", "ours"),
+    [
+        (field, theirs, ours)
+        for theirs, meanings in sorted(FOREIGN_NAMES.items())
+        for ours in meanings
+        for field, table in (TABLES | {"kl_estimator": set(DIVERGENCES) - {"kl_k1"}}).items()
+        if ours in table and field != "auxiliary_aggregation"
+    ],
+)
+def test_names_of_other_libraries_are_answered_with_ours(field, theirs, ours):
+    said = message({f"objective.{field}": theirs})
+    assert said.startswith(f"objective.{field}: {theirs!r} is not one of ")
+    assert said.endswith(f"; its name here is {ours!r}")
+
+
+SCOPELESS = ["balanced", "local_token_mean", "prompt_mean", "token_sum"]
+
+
+def test_aggregations_are_those_with_a_scope_to_choose_and_those_without():
+    assert sorted([*SCOPED, *SCOPELESS]) == sorted(AGGREGATIONS)
+
+
+@pytest.mark.parametrize("scope", ["minibatch", "group"])
+@pytest.mark.parametrize("name", SCOPELESS)
+def test_a_scope_for_an_aggregation_that_has_none_is_refused(name, scope):
+    expected = f"objective.scope: {name} has no scope to choose; leave it at batch"
+    scoped = {"objective.scope": scope}
+    assert message(scoped | {"objective.aggregation": name}) == expected
+    other = scoped | {"objective.auxiliary_aggregation": name}
+    load_config(TINY, other)  # without a KL or entropy term it weighs nothing
+    for term in ("kl_coefficient", "entropy_coefficient"):
+        assert message(other | {f"objective.{term}": 0.1}) == expected
+
+
+@pytest.mark.parametrize("scope", ["batch", "minibatch", "group"])
+@pytest.mark.parametrize("name", SCOPED)
+def test_every_scope_is_accepted_for_an_aggregation_that_has_one(name, scope):
+    options = {"objective.aggregation": name, "objective.scope": scope, "objective.rho": [0.1]}
+    assert load_config(TINY, options).objective.scope == scope
+
+
+def test_inverse_variance_without_an_autocorrelation_is_refused_with_the_way_out():
+    expected = (
+        "objective.rho: inverse_variance needs it, such as [0.2, 0.1]; for a variance of L^β use "
+        "delta_l with objective.alpha=β"
+    )
+    assert message({"objective.aggregation": "inverse_variance"}) == expected
+    auxiliary = {"objective.auxiliary_aggregation": "inverse_variance"}
+    load_config(TINY, auxiliary)
+    assert message(auxiliary | {"objective.kl_coefficient": 0.1}) == expected
+
+
+@pytest.mark.parametrize("rho", [[1.01], [0.2, -1.5]])
+def test_an_autocorrelation_beyond_one_is_refused(rho):
+    expected = f"objective.rho: an autocorrelation is in -1 … 1, got {tuple(rho)}"
+    assert message({"objective.rho": rho}) == expected
+    load_config(TINY, {"objective.rho": [1.0, -1.0]})
+
+
+@pytest.mark.parametrize("name", sorted(set(CORRECTIONS) - {"none"}))
+def test_a_correction_of_the_samplers_logprobs_against_themselves_is_refused(name):
+    correction = {"objective.importance_correction": name}
+    assert message(correction) == (
+        "objective.importance_correction: needs the trainer's own log-probabilities; set "
+        "objective.old_logprobs=recompute"
+    )
+    load_config(TINY, correction | {"objective.old_logprobs": "recompute"})
+
+
+def test_a_group_of_one_needs_an_advantage_over_the_batch():
+    alone = {"rl.samples_per_prompt": 1}
+    for name in sorted(set(ADVANTAGES) - {"batch_standardize"}):
+        said = message(alone | {"objective.advantage": name})
+        assert said.startswith("rl.samples_per_prompt: a group of 1 has no spread")
+    load_config(TINY, alone | {"objective.advantage": "batch_standardize"})
+
+
+def test_default_buckets_by_hand():
+    assert Config().bucket_edges == (16, 24, 32, 40, 56, 72, 96, 120, 152, 192, 200)
+    long = RolloutConfig(max_prompt_length=8, max_response_length=1016)
+    edges = dataclasses.replace(Config(), rollout=long).bucket_edges
+    assert edges[-5:] == (480, 600, 752, 944, 1024)
+    given = dataclasses.replace(Config(), length_buckets=(64, 200))
+    assert given.bucket_edges == (64, 200)
+
+
+@given(st.integers(1, 200), st.integers(1, 40_000))
+def test_default_buckets_grow_by_a_quarter_up_to_the_longest_row(prompt, response):
+    """So padding to the next edge adds at most a quarter, or 8 tokens where rows are short."""
+    longest = prompt + response
+    rollout = RolloutConfig(max_prompt_length=prompt, max_response_length=response)
+    edges = dataclasses.replace(Config(), rollout=rollout).bucket_edges
+    assert edges[-1] == longest
+    assert edges[0] == min(16, longest)
+    for low, high in itertools.pairwise(edges):
+        assert 0 < high - low <= 0.25 * low + 8
+    assert all(edge % 8 == 0 for edge in edges[:-1])
+    assert len(edges) <= 40

@@ -7,9 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltal_jax.config import Aggregation, load_config
+from deltal_jax.config import (
+    SCOPED,
+    Advantage,
+    Aggregation,
+    Correction,
+    Surrogate,
+    load_config,
+)
 from deltal_jax.training.describe import batch_arithmetic, formula, memory_estimate
+from deltal_jax.training.objective import make_loss
+from deltal_jax.training.optimizer import make_optimizer
 from deltal_jax.training.setup import init_params, make_architecture, make_setup
+from deltal_jax.training.step import Update
+from deltal_jax.types import Bucket
 
 
 def test_batch_arithmetic_of_the_tiny_experiment():
@@ -22,36 +33,231 @@ def test_batch_arithmetic_of_the_tiny_experiment():
     assert counts["max_response_tokens"] == 12_800 * 192
 
 
-@pytest.mark.parametrize("aggregation", get_args(Aggregation))
+def lines(**objective) -> dict[str, str]:
+    """The formula's lines by what stands before the equals sign; "" holds the others."""
+    changes = {f"objective.{name}": value for name, value in objective.items()}
+    found = {"": ""}
+    for line in formula(load_config("countdown-tiny", changes)).splitlines():
+        name, separator, text = line.partition(" = " if " = " in line[:7] else "\0")
+        if separator:
+            found[name.strip()] = text.strip()
+        else:
+            found[""] += line + "\n"
+    return found
+
+
+AMONG = {"batch": "j in batch", "minibatch": "j in mini-batch", "group": "j in group"}
+SIZE = {"batch": "B_batch", "minibatch": "B_minibatch", "group": "B_group"}
+WORDS = {
+    "batch": "the rollout batch",
+    "minibatch": "each mini-batch",
+    "group": "each prompt's group",
+}
+WEIGHTS = {
+    "delta_l": "(1/192) · L_i^-0.75 / Σ_({among}) L_j^-0.75",
+    "sequence_mean": "1 / ({size} · L_i)",
+    "token_mean": "1 / Σ_({among}) L_j",
+    "constant_length": "(1/192) / {size}",
+    "sequence_sum": "1 / {size}",
+    "inverse_variance": "(1/192) · v(L_i)^-1 / Σ_({among}) v(L_j)^-1, "
+    "v(L) = L + 2 Σ_h max(L - h, 0) ρ_h, ρ = [0.3, 0.1]",
+    "prompt_mean": "1 / (16 · Σ_(j in group) L_j)",
+    "token_sum": "1",
+    "local_token_mean": "1 / (K · Σ_(j in micro-batch of 5) L_j), K micro-batches",
+    "balanced": "(n_s / (n_+ + n_-)) / Σ_(j of sign s) L_j, s = sign(A_i); 0 where A_i = 0",
+}
+OPTIONS = {"alpha": 0.75, "rho": [0.3, 0.1], "microbatch_size": 5}
+
+
 @pytest.mark.parametrize("scope", ["batch", "minibatch", "group"])
-def test_the_formula_names_method_scope_and_constant(aggregation, scope):
-    options = {"objective.aggregation": aggregation, "objective.scope": scope}
-    text = formula(load_config("countdown-tiny", options | {"objective.alpha": 0.75}))
-    assert aggregation in text
-    assert {"batch": "rollout batch", "minibatch": "mini-batch", "group": "group"}[scope] in text
-    assert ("1/192" in text) == (aggregation in ("delta_l", "constant_length"))
-    assert ("L_j^-0.75" in text) == (aggregation == "delta_l")
+@pytest.mark.parametrize("name", get_args(Aggregation))
+def test_the_formula_names_method_scope_and_constant(name, scope):
+    if scope != "batch" and name not in SCOPED:
+        return  # refused by the config
+    mean = "(1/16) · " if scope == "group" else ""  # one mini-batch, 16 prompts
+    want = mean + WEIGHTS[name].format(among=AMONG[scope], size=SIZE[scope])
+    found = lines(aggregation=name, scope=scope, **OPTIONS)
+    assert found["w_i"] == want
+    assert f"      {name}, normalised over {WORDS[scope]}" in found["loss"]
+    assert ("warning" in found[""]) == (name == "local_token_mean")
+    if scope == "batch":
+        auxiliary = lines(auxiliary_aggregation=name, kl_coefficient=0.1, **OPTIONS)
+        assert auxiliary["u_i"] == want
+    if "1/192" in want:
+        other = lines(aggregation=name, scope=scope, normalizer=100.0, **OPTIONS)
+        assert other["w_i"] == want.replace("1/192", "1/100")
+
+
+def test_local_token_mean_is_warned_of_where_it_weighs_something():
+    warning = (
+        "warning: local_token_mean follows how responses fall into micro-batches of 5; it is for "
+        "reproduction only"
+    )
+    assert warning in lines(aggregation="local_token_mean", **OPTIONS)[""]
+    idle = {"auxiliary_aggregation": "local_token_mean"}
+    assert warning not in lines(**idle, **OPTIONS)[""]
+    assert warning in lines(**idle, **OPTIONS, entropy_coefficient=0.1)[""]
+
+
+#: Options and what the line of the token loss says of them, after the defaults.
+TOKEN_LOSSES = {
+    "reinforce": ("-A · log π", {}, "-A · log π"),
+    "clipped": (
+        "max(-A·r, -A·clip(r, 0.8, 1.2)), r = π/π_old",
+        {"clip_low": 0.1, "clip_high": 0.28, "dual_clip": 3.0},
+        "max(-A·r, -A·clip(r, 0.9, 1.28)), dual clip 3, r = π/π_old",
+    ),
+    "gspo": (
+        "max(-A·s, -A·clip(s, 0.9997, 1.0004)), s = exp(mean_t log π/π_old)",
+        {"clip_low": 0.1, "clip_high": 0.2},
+        "max(-A·s, -A·clip(s, 0.9, 1.2)), s = exp(mean_t log π/π_old)",
+    ),
+    "gspo_token": (
+        "max(-A·s, -A·clip(s, 0.9997, 1.0004)), s = sg(exp(mean_t log π/π_old)) · π/sg(π)",
+        {"clip_low": 0.1, "clip_high": 0.2},
+        "max(-A·s, -A·clip(s, 0.9, 1.2)), s = sg(exp(mean_t log π/π_old)) · π/sg(π)",
+    ),
+    "cispo": (
+        "-sg(clip(r, 0, 1.28)) · A · log π, r = π/π_old",
+        {"clip_low": 0.5, "clip_high": 0.1},
+        "-sg(clip(r, 0.5, 1.1)) · A · log π, r = π/π_old",
+    ),
+    "gmpo": (
+        "-A · exp(mean_t c), c = log π/π_old, at most 0.4 where A > 0, at least -0.4 where A < 0",
+        {"clip_low": 0.1, "clip_high": 0.2},
+        "-A · exp(mean_t c), c = log π/π_old, at most 0.2 where A > 0, at least -0.1 where A < 0",
+    ),
+    "sapo": (
+        "-A · (4/τ) σ(τ(r - 1)), τ = 1 where A > 0, else 1.05, r = π/π_old",
+        {"tau_positive": 2.0, "tau_negative": 3.5},
+        "-A · (4/τ) σ(τ(r - 1)), τ = 2 where A > 0, else 3.5, r = π/π_old",
+    ),
+    "dppo": (
+        "-A·r, 0 where |π - π_old| > 0.2 and r moves on, r = π/π_old",
+        {"threshold": 0.05},
+        "-A·r, 0 where |π - π_old| > 0.05 and r moves on, r = π/π_old",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", get_args(Surrogate))
+def test_the_formula_shows_the_surrogate_with_its_options_and_where_the_old_policy_is_from(name):
+    default, options, want = TOKEN_LOSSES[name]
+    for given, text in (({}, default), (options, want)):
+        for source, word in (("sampler", "sampler"), ("recompute", "trainer")):
+            said = lines(surrogate=name, old_logprobs=source, **given)["ℓ_it"]
+            assert said == (text if name == "reinforce" else f"{text}, π_old from the {word}")
+
+
+@pytest.mark.parametrize("name", get_args(Advantage))
+def test_the_formula_shows_the_advantage(name):
+    want = {
+        "group_standardize": "(r_i - mean_group) / (std_group + 1e-6), n-1 standard deviation",
+        "group_center": "r_i - mean_group",
+        "leave_one_out": "r_i - mean of the others in the group",
+        "batch_standardize": "(r_i - mean_batch) / (std_batch + 1e-6), n-1 standard deviation",
+        "length_weighted_baseline": "r_i - Σ_(j in group) L_j r_j / Σ_(j in group) L_j",
+        "max_rl": "(r_i - mean_group) / mean_group",
+    }
+    assert lines(advantage=name)["A_i"] == want[name]
+
+
+@pytest.mark.parametrize("name", get_args(Correction))
+def test_the_formula_shows_the_importance_correction_with_its_threshold(name):
+    found = lines(importance_correction=name, old_logprobs="recompute", correction_threshold=3.5)
+    if name == "none":
+        assert "ρ_it" not in found["loss"] and "ρ_it" not in found
+        return
+    assert found["loss"].startswith("Σ_i (w_i Σ_t ρ_it ℓ_it)")
+    want = {
+        "token_truncate": "min(ρ, C)",
+        "token_mask": "ρ where 1/C ≤ ρ ≤ C, other tokens are not trained",
+        "sequence_mask": "ρ where 1/C ≤ geometric mean ≤ C, other responses are not trained",
+    }[name]
+    assert found["ρ_it"] == f"{want}, ρ = π_old / π_sampler, C = 3.5"
+
+
+@pytest.mark.parametrize(
+    ("options", "terms"),
+    [
+        ({}, ""),
+        ({"kl_coefficient": 0.05}, "0.05 · kl_k3_straight_through_it"),
+        ({"kl_coefficient": 0.05, "kl_estimator": "kl_k2"}, "0.05 · kl_k2_it"),
+        ({"entropy_coefficient": 0.01}, "- 0.01 · H_it"),
+        (
+            {"kl_coefficient": 0.5, "kl_estimator": "kl_k3", "entropy_coefficient": 0.01},
+            "0.5 · kl_k3_it - 0.01 · H_it",
+        ),
+    ],
+)
+def test_auxiliary_terms_show_with_their_weights_when_they_are_on(options, terms):
+    found = lines(**options)
+    loss = found["loss"].partition("      ")[0]
+    assert loss == f"Σ_i (w_i Σ_t ℓ_it{f' + u_i Σ_t ({terms})' if terms else ''})"
+    assert ("u_i" in found) == bool(terms)
+    assert found.get("u_i", "1 / Σ_(j in batch) L_j") == "1 / Σ_(j in batch) L_j"
+
+
+def test_minibatches_show_as_the_factor_of_the_batch():
+    text = formula(load_config("countdown-tiny", {"rl.updates_per_rollout": 4}))
+    want = "loss of each of 4 updates = 4 · Σ_(i in its mini-batch) (w_i Σ_t ℓ_it)      delta_l"
+    assert text.startswith(want)
+
+
+@pytest.mark.parametrize(
+    ("scope", "weight"),
+    [
+        ("batch", "1 / Σ_(j in batch) L_j"),
+        ("minibatch", "(1/4) · 1 / Σ_(j in mini-batch) L_j"),
+        ("group", "(1/16) · 1 / Σ_(j in group) L_j"),
+    ],
+)
+def test_the_mean_over_scopes_shows_in_the_weight(scope, weight):
+    options = {"objective.aggregation": "token_mean", "objective.scope": scope}
+    config = load_config("countdown-tiny", options | {"rl.updates_per_rollout": 4})
+    assert f"w_i  = {weight}\n" in formula(config)
+
+
+@pytest.mark.parametrize("overlong", [False, True])
+@pytest.mark.parametrize("counted", [False, True])
+def test_what_counts_is_said(overlong, counted):
+    said = lines(overlong_filter=overlong, count_masked=counted)[""]
+    who = "a missing reward and a truncated response" if overlong else "a missing reward"
+    where = "stays in the denominators" if counted else "leaves the denominators too"
+    assert said == (
+        f"L_i counts sampled tokens, EOS included; {who} has the weight 0 and {where}\n"
+    )
 
 
 def test_the_memory_estimate_is_near_what_the_compiler_says():
-    from deltal_jax.objective.surrogate import reinforce
-    from deltal_jax.training.optimizer import make_optimizer
-    from deltal_jax.training.step import Update
-    from deltal_jax.types import Bucket
-
     config = load_config("countdown-tiny")
     setup = make_setup(config)
     estimate = memory_estimate(config, make_architecture(config, setup.tokenizer.vocab_size))
-    update = Update(setup.graphdef, make_optimizer(config.rl.optimizer, 1), reinforce)
+    optimizer = make_optimizer(config.rl.optimizer, 1)
+    update = Update(setup.graphdef, optimizer, make_loss(config))
     params = jax.eval_shape(lambda: init_params(setup, jax.random.key(0)))
-    rows, width = 5, 200
-    whole, ids = (rows, width), jnp.int32
-    shapes = [(whole, ids)] * 3 + [(whole, bool)] + [(whole, jnp.float32)] * 2
-    shapes += [((rows,), jnp.float32)] * 2
-    bucket = Bucket(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    whole, count = (5, 200), 128
+    floats, ids = jnp.float32, jnp.int32
+    bucket = Bucket(
+        **{name: jax.ShapeDtypeStruct(whole, ids) for name in ("tokens", "positions")},
+        segment_ids=jax.ShapeDtypeStruct(whole, ids),
+        loss_mask=jax.ShapeDtypeStruct(whole, bool),
+        sampler_logprobs=jax.ShapeDtypeStruct(whole, floats),
+        old_logprobs=jax.ShapeDtypeStruct(whole, floats),
+        advantages=jax.ShapeDtypeStruct((count,), floats),
+        weights=jax.ShapeDtypeStruct((count,), floats),
+        auxiliary_weights=jax.ShapeDtypeStruct((count,), floats),
+    )
     compiled = jax.jit(update.gradient).lower(params, bucket).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     assert 0.5 < estimate["activations"] / temporary < 2.0
     sizes = [np.prod(x.shape) * 4 for x in jax.tree.leaves(params)]
     assert estimate["parameters"] == sum(sizes) == 161_088 * 4
     assert estimate["total"] == sum(v for k, v in estimate.items() if k != "total")
+    # A KL term keeps a second copy of the parameters.
+    with_reference = load_config("countdown-tiny", {"objective.kl_coefficient": 0.1})
+    more = memory_estimate(
+        with_reference, make_architecture(with_reference, setup.tokenizer.vocab_size)
+    )
+    assert (estimate["reference"], more["reference"]) == (0, sum(sizes))
+    assert more["total"] == estimate["total"] + sum(sizes)

@@ -1,15 +1,12 @@
 """Diagnostics: what the meters say of each aggregation, against the closed forms of the paper."""
 
-from typing import get_args
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from deltal_jax.config import Aggregation
 from deltal_jax.objective.aggregation import AGGREGATIONS, delta_l
 from deltal_jax.objective.diagnostics import aggregation_diagnostics
 
@@ -31,6 +28,17 @@ def weigh(method: str, lengths=LENGTHS, **options) -> jax.Array:
     return AGGREGATIONS[method](jnp.asarray(lengths), **options)
 
 
+def decile_shares(weights, lengths) -> tuple[float, float]:
+    """Tenths of a response at a time, responses of equal length in equal parts."""
+    carried = sorted((n, w) for n, w in zip(lengths, weights, strict=True) if n > 0 and w > 0)
+    if not carried:
+        return 0.0, 0.0
+    mean = {n: np.mean([w for m, w in carried if m == n]) for n, _ in carried}
+    tenths = [mean[n] / 10 for n, _ in carried for _ in range(10)]
+    total = sum(w for _, w in carried)
+    return sum(tenths[: len(carried)]) / total, sum(tenths[-len(carried) :]) / total
+
+
 @given(
     st.lists(st.floats(0, 1), min_size=SIZE, max_size=SIZE).filter(lambda w: sum(w) > 1e-3),
     st.lists(st.integers(0, 8192), min_size=SIZE, max_size=SIZE),
@@ -39,11 +47,17 @@ def weigh(method: str, lengths=LENGTHS, **options) -> jax.Array:
 )
 def test_every_meter_is_its_formula(weights, lengths, advantages, beta):
     w, L = np.asarray(weights), np.asarray(lengths, float)
+    w = np.where((L > 0) & (w > 1e-30), w, 0.0)  # nothing below float32's range
+    weights = w.tolist()
+    assume(w.sum() > 0)
+    shortest, longest = decile_shares(w, L)
     powers = np.where(L > 0, np.maximum(L, 1) ** beta, 0.0)
     formulas = {
         "bias_factor": M * w.sum(),
         "predicted_cv": np.sqrt(np.sum(w**2 * powers)) / w.sum(),
         "ess": w.sum() ** 2 / np.sum(w**2),
+        "weight_shortest_decile": shortest,
+        "weight_longest_decile": longest,
         "zero_advantage_weight": w[np.asarray(advantages) == 0].sum() / w.sum(),
         "weight_min": w.min(),
         "weight_max": w.max(),
@@ -69,7 +83,8 @@ def test_the_bias_factor_is_one_for_unbiased_methods_and_the_papers_for_the_othe
 
 
 def test_predicted_variation_of_every_method_is_its_closed_form():
-    cv = {name: meters(weigh(name), LENGTHS)["predicted_cv"] for name in get_args(Aggregation)}
+    names = ("delta_l", "sequence_mean", "token_mean", "constant_length")
+    cv = {name: meters(weigh(name), LENGTHS)["predicted_cv"] for name in names}
     long = np.sqrt(LENGTHS.sum()) / SIZE
     assert cv["sequence_mean"] == pytest.approx(np.sum(1 / LENGTHS) ** -0.5, rel=1e-5)
     assert cv["token_mean"] == pytest.approx(long, rel=1e-5)
@@ -102,7 +117,8 @@ def test_weight_on_idle_responses_is_counted_by_weight_and_not_by_number():
     advantages = np.where(np.median(LENGTHS) > LENGTHS, 0.0, 1.0)
     share = meters(weigh("delta_l"), LENGTHS, advantages)["zero_advantage_weight"]
     assert share == pytest.approx(np.sum((1 / LENGTHS)[advantages == 0]) / np.sum(1 / LENGTHS))
-    assert meters(weigh("delta_l"), LENGTHS, np.zeros(SIZE))["zero_advantage_weight"] == 1.0
+    idle = meters(weigh("delta_l"), LENGTHS, np.zeros(SIZE))
+    assert idle["zero_advantage_weight"] == pytest.approx(1.0, rel=1e-6)
     assert meters(weigh("delta_l"), LENGTHS)["zero_advantage_weight"] == 0.0
 
 
@@ -120,3 +136,69 @@ def test_all_meters_are_finite_at_the_extremes(lengths, alpha):
     assert np.isfinite(list(found.values())).all()
     assert found["bias_factor"] == pytest.approx(1.0, rel=1e-5)
     assert 1.0 - 1e-5 <= found["ess"] <= SIZE + 1e-4
+
+
+def deciles(weights, lengths) -> tuple[float, float]:
+    found = meters(weights, lengths)
+    return found["weight_shortest_decile"], found["weight_longest_decile"]
+
+
+def test_the_weight_on_the_shortest_and_longest_tenth_by_hand():
+    lengths = np.asarray([10, 400, 20, 30, 40, 50, 60, 70, 80, 90, 10, 300, 15, 25, 35, 45, 55, 65])
+    lengths = np.append(lengths, [75, 85])
+    weights = np.arange(1.0, 21.0)
+    # A tenth of 20 is 2: the two of length 10, at 0 and 10; 400 and 300, at 1 and 11.
+    assert deciles(weights, lengths) == pytest.approx(((1 + 11) / 210, (2 + 12) / 210))
+
+
+def test_responses_of_equal_length_share_their_place_in_a_tenth():
+    lengths, weights = [5] * 4 + [9] * 6, [1.0, 2, 3, 4, 1, 1, 1, 1, 1, 3]
+    # A tenth of 10 is one of the four shortest, of mean weight 2.5, and one of the six longest.
+    assert deciles(weights, lengths) == pytest.approx((2.5 / 18, (8 / 6) / 18))
+
+
+def test_a_tenth_of_fewer_than_ten_responses_is_a_part_of_the_extreme_one():
+    assert deciles([6.0, 3.0, 1.0], [1, 2, 6]) == pytest.approx((0.3 * 0.6, 0.3 * 0.1))
+    assert deciles([2.0], [7]) == pytest.approx((0.1, 0.1))
+    # Of 15 it is one and a half.
+    weights = np.arange(15.0) + 1
+    assert deciles(weights, np.arange(15) + 1) == pytest.approx(
+        ((1 + 0.5 * 2) / 120, (15 + 0.5 * 14) / 120)
+    )
+
+
+@pytest.mark.parametrize("size", [1, 3, 10, 12, 37])
+def test_equal_weights_put_a_tenth_on_each_tenth(size):
+    lengths = np.random.default_rng(size).integers(1, 9, size)
+    assert deciles(np.full(size, 0.3), lengths) == pytest.approx((0.1, 0.1))
+
+
+def test_filtered_and_empty_responses_are_in_no_tenth():
+    lengths, weights = np.asarray([4, 9, 2, 7]), np.asarray([3.0, 1, 5, 1])
+    among = np.asarray([0, 4, 1, 9, 2, 50, 7]), np.asarray([0.0, 3, 0, 1, 5, 0, 1])
+    assert deciles(among[1], among[0]) == pytest.approx(deciles(weights, lengths))
+
+
+@given(st.permutations(range(SIZE)), st.sampled_from([2, 5, 500]))
+def test_the_meters_do_not_depend_on_the_order_of_the_responses(order, longest):
+    lengths = np.random.default_rng(longest).integers(1, longest, SIZE)
+    weights, advantages = np.arange(SIZE) / 7, np.arange(SIZE) % 3 - 1.0
+    order = list(order)
+    shuffled = meters(weights[order], lengths[order], advantages[order])
+    assert shuffled == pytest.approx(meters(weights, lengths, advantages), rel=1e-6)
+
+
+def test_the_shortest_tenth_weighs_more_the_larger_the_exponent():
+    shares = [deciles(weigh("delta_l", alpha=alpha), LENGTHS) for alpha in (-1.0, 0.0, 1.0, 2.0)]
+    assert shares[1] == pytest.approx((0.1, 0.1))
+    assert [short for short, _ in shares] == sorted(short for short, _ in shares)
+    assert [long for _, long in shares] == sorted((long for _, long in shares), reverse=True)
+
+
+def test_tiny_weights_have_the_same_shape_as_large_ones():
+    """At M = 10^6 and B = 10^6 a weight is 10^-12 or less, and its square at float32's edge."""
+    weights = np.asarray(weigh("delta_l"))
+    tiny, plain = meters(weights * 1e-25, LENGTHS), meters(weights, LENGTHS)
+    scale_free = plain.keys() - {"bias_factor", "weight_min", "weight_max"}
+    for name in scale_free:
+        assert tiny[name] == pytest.approx(plain[name], rel=1e-5)

@@ -1,5 +1,6 @@
 """Whole runs: they learn, resume bit for bit, stop cleanly, and leave what they promise."""
 
+import dataclasses
 import json
 import math
 import os
@@ -9,13 +10,23 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from deltal_jax import Reward, TrainingError, train
+from deltal_jax.config import load_config
 from deltal_jax.errors import UserError
 from deltal_jax.metrics import load_metrics
-from deltal_jax.training.trained import load_trained
+from deltal_jax.training.checkpoint import Checkpoints
+from deltal_jax.training.collect import collect
+from deltal_jax.training.loop import rollout_logprobs, update_policy
+from deltal_jax.training.objective import make_loss
+from deltal_jax.training.run_folder import CHECKPOINTS, load_run_config
+from deltal_jax.training.setup import init_params, make_engine, make_setup
+from deltal_jax.training.step import Update
+from deltal_jax.training.trained import like_saved, load_trained
 
 #: Two numbers, one layer: learns in seconds, on the same code path as the real experiment.
 SMALL = {
@@ -34,8 +45,12 @@ SMALL = {
     "rl.tokens_per_microbatch": 480,
     "evaluate.problems": 64,
 }
-#: Every switch that adds state or order: mini-batches, epochs, recomputed log-probabilities.
+#: Every switch that adds state or order: mini-batches, epochs, recomputed log-probabilities, a
+#: reference model. Few shapes, so soon compiled.
 RESUMABLE = SMALL | {
+    "length_buckets": [56],
+    "rl.tokens_per_microbatch": 168,
+    "rl.pack": True,
     "sft.steps": 3,
     "sft.log_every": 1,
     "rl.steps": 4,
@@ -44,7 +59,10 @@ RESUMABLE = SMALL | {
     "rl.updates_per_rollout": 2,
     "rl.epochs_per_rollout": 2,
     "objective.old_logprobs": "recompute",
+    "objective.importance_correction": "token_truncate",
     "objective.scope": "minibatch",
+    "objective.kl_coefficient": 0.05,
+    "objective.entropy_coefficient": 0.01,
     "evaluate.every": 2,
     "evaluate.problems": 16,
     "run.report": False,
@@ -63,6 +81,20 @@ def timeless(path):
     return [
         {k: v for k, v in x.items() if not k.startswith(("time/", "throughput/"))} for x in lines
     ]
+
+
+def saved(path, number):
+    """The state in a checkpoint of the RL phase."""
+    config = load_run_config(path)
+    checkpoints = Checkpoints(path / CHECKPOINTS, config.checkpoint.keep_last)
+    tokenizer = checkpoints.read_meta(number)[1]
+    state = checkpoints.read_state(number, like_saved(make_setup(config, tokenizer), "rl"))
+    checkpoints.close()
+    return dataclasses.replace(
+        state,
+        params=jax.tree.map(np.asarray, state.params),
+        reference=jax.tree.map(np.asarray, state.reference),
+    )
 
 
 def parameters(path):
@@ -147,6 +179,13 @@ def test_two_steps_and_two_more_are_four_steps_bit_for_bit(tmp_path):
     assert resumed.step == 4 and resumed.status == "done"
     assert timeless(halves) == timeless(whole)
     jax.tree.map(np.testing.assert_array_equal, parameters(halves), parameters(whole))
+    start, end, resumed_end = saved(whole, 3), saved(whole, 7), saved(halves, 7)
+    for state in (start, end, resumed_end):  # the reference stays the model as RL began
+        jax.tree.map(np.testing.assert_array_equal, state.reference, start.params)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), end.params, start.params)
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    kl = [x["policy/kl"] for x in load_metrics(halves / "metrics.jsonl") if x["phase"] == "rl"]
+    assert min(kl) >= 0 and kl[0] < kl[-1] and kl[-1] > 1e-5
     for name in ("step-000002.jsonl", "step-000004.jsonl"):
         assert (halves / "samples" / name).read_text() == (whole / "samples" / name).read_text()
     again = train(None, {"run.dir": str(halves)}, resume=True, quiet=True)
@@ -238,3 +277,123 @@ def test_demonstrations_that_fit_no_bucket_end_the_run_with_the_field(tmp_path):
     options = RESUMABLE | {"run.dir": str(tmp_path / "run"), "length_buckets": [10]}
     with pytest.raises(UserError, match="length_buckets: 10000 demonstrations in a row"):
         train("countdown-tiny", options | {"rollout.max_response_length": 3}, quiet=True)
+
+
+#: One rollout of a tiny model; one shape of 16 rows for all of it.
+ONCE = SMALL | {
+    "model.d_model": 16,
+    "model.head_dim": 8,
+    "model.d_ff": 16,
+    "length_buckets": [56],
+    "rl.tokens_per_microbatch": 16 * 56,
+    "rl.prompts_per_step": 4,
+    "rl.samples_per_prompt": 4,
+    "objective.aggregation": "token_mean",
+    "objective.old_logprobs": "recompute",
+}
+#: A step so small that every update of a rollout sees the same policy.
+STILL = 1e-9
+
+
+def once(**changes):
+    return load_config(
+        "countdown-tiny", ONCE | {k.replace("__", "."): v for k, v in changes.items()}
+    )
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    """A setup, its parameters and a graded rollout of theirs."""
+    setup = make_setup(once())
+    params = init_params(setup, jax.random.key(1))
+    params = jax.tree.map(lambda x: x * 1.5 if x.ndim > 1 else x, params)
+    engine = make_engine(setup, temperature=1.0)
+    key = jax.random.key(0, impl="threefry2x32")
+    rewards = [Reward(length_reward)]
+    return setup, params, collect(setup, engine, params, key, step=0, rewards=rewards)
+
+
+@pytest.fixture(scope="module")
+def plain(sampled):
+    return Update(sampled[0].graphdef, optax.sgd(STILL), make_loss(once()))
+
+
+def updated(sampled, update, config, reference=None, batch=None):
+    """The state after all updates on the rollout, and the metrics without clocks."""
+    _, params, sampled_batch = sampled
+    params, reference = jax.tree.map(jnp.copy, (params, reference))  # the state is donated
+    state = update.init(params, jax.random.key(0))
+    state = dataclasses.replace(state, reference=reference)
+    state, metrics = update_policy(config, update, state, batch or sampled_batch)
+    clocks = ("time/", "throughput/")
+    return state, {k: v for k, v in metrics.items() if not k.startswith(clocks)}
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_recomputed_logprobs_are_the_samplers_on_policy(sampled, plain, pack):
+    _, params, batch = sampled
+    layout = {"edges": (56,), "tokens_per_microbatch": 16 * 56, "pack": pack}
+    found = rollout_logprobs(plain, params, batch.rollout, **layout)
+    mask = batch.rollout.loss_mask
+    np.testing.assert_allclose(found[mask], batch.rollout.logprobs[mask], atol=1e-4)
+    assert np.all(found[~mask] == 0) and np.mean(found[mask]) < -0.5
+    metrics = updated(sampled, plain, once(rl__pack=pack))[1]
+    difference = np.abs(found - batch.rollout.logprobs)[mask]
+    assert metrics["mismatch/logprob_diff_max"] == pytest.approx(difference.max(), rel=1e-3)
+    assert metrics["mismatch/ess"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["mismatch/dropped_frac"] == 0.0
+
+
+def test_packing_changes_no_metric_and_no_gradient(sampled, plain):
+    padded, packed = (updated(sampled, plain, once(rl__pack=pack))[1] for pack in (False, True))
+    assert abs(padded["policy/loss"]) > 1e-3 and padded["optim/grad_norm"] > 1e-3
+    exact = {k: v for k, v in padded.items() if not k.startswith("mismatch/")}
+    found = {k: v for k, v in packed.items() if not k.startswith("mismatch/")}
+    assert found == pytest.approx(exact, rel=1e-5, abs=1e-5)
+
+
+def test_minibatches_and_epochs_are_that_many_updates_and_average_to_the_batch(sampled, plain):
+    """Each mini-batch's loss estimates that of the batch: their mean is equal to it."""
+    whole_state, whole = updated(sampled, plain, once())
+    state, metrics = updated(
+        sampled, plain, once(rl__updates_per_rollout=2, rl__epochs_per_rollout=2)
+    )
+    assert (int(whole_state.updates), int(state.updates)) == (1, 4)
+    assert metrics["policy/loss"] == pytest.approx(whole["policy/loss"], rel=1e-5)
+    for name in ("policy/entropy", "policy/approx_kl", "mismatch/kl", "aggregation/ess"):
+        assert metrics[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-6)
+    assert metrics["optim/grad_norm"] > whole["optim/grad_norm"]  # halves differ: triangle
+
+
+def test_the_kl_is_zero_and_moves_nothing_until_the_policy_leaves_its_reference(sampled, plain):
+    setup, params, _ = sampled
+    config = once(objective__kl_coefficient=0.5)
+    update = Update(setup.graphdef, optax.sgd(STILL), make_loss(config))
+    without = updated(sampled, plain, once())[1]
+    at_start = updated(sampled, update, config, reference=params)[1]
+    assert at_start["policy/kl"] == pytest.approx(0.0, abs=1e-9)
+    assert at_start["policy/loss"] == pytest.approx(without["policy/loss"], rel=1e-5)
+    assert at_start["optim/grad_norm"] == pytest.approx(without["optim/grad_norm"], rel=1e-5)
+    elsewhere = jax.tree.map(lambda x: x * 0.9, params)
+    moved = updated(sampled, update, config, reference=elsewhere)[1]
+    assert moved["policy/kl"] > 1e-4
+    # Both are token means here, so the loss grows by exactly the coefficient times the meter.
+    growth = moved["policy/loss"] - without["policy/loss"]
+    assert growth == pytest.approx(0.5 * moved["policy/kl"], rel=1e-3)
+    assert abs(moved["optim/grad_norm"] - without["optim/grad_norm"]) > 1e-4
+
+
+def test_the_entropy_bonus_raises_the_entropy(sampled):
+    """With equal rewards there is no other force."""
+    setup, _, batch = sampled
+    config = once(objective__entropy_coefficient=1.0)
+    update = Update(setup.graphdef, optax.sgd(0.02), make_loss(config))
+    grades = dataclasses.replace(batch.grades, rewards=np.ones_like(batch.grades.rewards))
+    equal = dataclasses.replace(batch, grades=grades)
+    state = update.init(jax.tree.map(jnp.copy, sampled[1]), jax.random.key(0))
+    entropies = []
+    for _ in range(4):
+        state, metrics = update_policy(config, update, state, equal)
+        entropies.append(metrics["policy/entropy"])
+        assert metrics["policy/loss"] == pytest.approx(-metrics["policy/entropy"], rel=1e-4)
+    assert np.all(np.diff(entropies) > 0) and entropies[-1] > entropies[0] + 0.02

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import get_args
+import inspect
 
 import chex
 import jax
@@ -10,30 +10,39 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from deltal_jax.config import Aggregation
+from deltal_jax.config import SCOPED
 from deltal_jax.objective.advantages import group_standardize
 from deltal_jax.objective.aggregation import AGGREGATIONS
+from deltal_jax.objective.divergence import kl_k2
 from deltal_jax.objective.logprobs import token_logprobs
-from deltal_jax.objective.surrogate import clipped, ratio_diagnostics, reinforce
-from deltal_jax.training.buckets import make_buckets
-from deltal_jax.training.step import NonFiniteLoss, Update
+from deltal_jax.objective.surrogate import SURROGATES, clipped, ratio_diagnostics
+from deltal_jax.training.buckets import make_buckets, make_minibatches
+from deltal_jax.training.step import SUPERVISED, LossTerms, NonFiniteLoss, Update, microbatch_loss
 from tests import fakes
 
 COUNT = 24
 CLIPS = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0}
-LAYOUTS = [((30,), 720), ((8, 16, 30), 60), ((12, 30), 97)]
+#: (edges, tokens of a micro-batch, packed)
+LAYOUTS = [((30,), 720, False), ((12, 30), 36, False), ((30,), 60, True), ((30,), 30, True)]
+
+
+def _clipped(logprobs, advantages, bucket):
+    return clipped(logprobs, bucket.old_logprobs, advantages, **CLIPS)
+
+
+def _clip_meter(logprobs, advantages, bucket):
+    return ratio_diagnostics(logprobs, bucket.old_logprobs, advantages, **CLIPS)
+
+
+TERMS = LossTerms(_clipped, _clip_meter)
 
 
 @pytest.fixture(scope="module")
 def update():
-    graphdef, _ = fakes.model(fakes.PLAIN)
-    return Update(
-        graphdef,
-        optax.sgd(0.1),
-        functools.partial(clipped, **CLIPS),
-        token_meter=functools.partial(ratio_diagnostics, **CLIPS),
-    )
+    return Update(fakes.model(fakes.PLAIN)[0], optax.sgd(0.1), TERMS)
 
 
 @functools.cache
@@ -46,21 +55,34 @@ def batch(seed=0):
     return rollout, np.asarray(advantages)
 
 
-def buckets_of(edges, budget, weights, seed=0):
+def buckets_of(layout, weights, seed=0):
     rollout, advantages = batch(seed)
+    edges, budget, pack = layout
     return make_buckets(
         rollout,
         np.arange(COUNT),
         advantages=advantages,
         weights=weights,
-        old_logprobs=rollout.logprobs,
         edges=edges,
         tokens_per_microbatch=budget,
+        pack=pack,
     )
 
 
-def weights_of(name, seed=0):
-    return np.asarray(AGGREGATIONS[name](jnp.asarray(batch(seed)[0].response_lengths)))
+def weights_of(name, scope=None, seed=0, dtype=None):
+    rollout, advantages = batch(seed)
+    groups = jnp.asarray(rollout.group_ids)
+    offered = {
+        "scope_ids": {None: None, "group": groups, "minibatch": groups // 3}[scope],
+        "group_ids": groups,
+        "microbatch_ids": jnp.arange(COUNT) // 4,
+        "advantages": jnp.asarray(advantages, dtype),
+        "variance": {"rho": jnp.asarray([0.3, 0.1])},
+    }
+    taken = inspect.signature(AGGREGATIONS[name]).parameters
+    lengths = jnp.asarray(rollout.response_lengths, dtype)
+    options = {k: v for k, v in offered.items() if k in taken}
+    return np.asarray(AGGREGATIONS[name](lengths, **options))
 
 
 def plain_loss(params, weights, seed=0):
@@ -81,31 +103,135 @@ def plain_loss(params, weights, seed=0):
     return total, size
 
 
-@pytest.mark.parametrize("name", get_args(Aggregation))
-def test_loss_and_gradient_do_not_depend_on_buckets_or_microbatches(update, name):
+def test_the_loss_is_the_sum_over_responses_in_every_layout(update):
     params = fakes.model(fakes.PLAIN)[1]
-    weights = weights_of(name)
+    weights = weights_of("delta_l")
     want, size = plain_loss(params, weights)
-    reference = None
-    for edges, budget in LAYOUTS:
-        got = update.accumulate(params, buckets_of(edges, budget, weights))
+    for layout in LAYOUTS:
+        got = update.accumulate(params, buckets_of(layout, weights))
         assert float(got.loss) == pytest.approx(want, abs=2e-6 * size)
-        reference = got.grads if reference is None else reference
-        difference = jax.tree.map(jnp.subtract, got.grads, reference)
-        assert optax.tree.norm(difference) <= 1e-5 * optax.tree.norm(reference)
-    assert optax.tree.norm(reference) > 1e-3
 
 
-def test_metrics_do_not_depend_on_buckets_or_microbatches(update):
+@functools.cache
+def any_surrogate(dtype):
+    """(Σ |w ℓ|, loss) and the gradient of a bucket under the surrogate of a given number: one
+    program for all.
+
+    KL and entropy terms take part, so that the auxiliary weights are under the same law.
+    """
+    graphdef, params = fakes.model(fakes.SHALLOW)
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+
+    def branch(surrogate, logprobs, advantages, bucket):
+        options = {}
+        if "segment_ids" in inspect.signature(surrogate).parameters:
+            options = {"segment_ids": bucket.segment_ids, "mask": bucket.loss_mask}
+            options["num_segments"] = COUNT
+        return surrogate(logprobs, bucket.old_logprobs, advantages, **options)
+
+    branches = [functools.partial(branch, surrogate) for surrogate in SURROGATES.values()]
+
+    def loss(params, bucket, number):
+        def token_loss(*arguments):
+            return jax.lax.switch(number, branches, *arguments)
+
+        def sizes(*arguments):
+            return jnp.abs(token_loss(*arguments))
+
+        terms = LossTerms(token_loss, divergence=kl_k2, kl_coefficient=0.3, entropy_coefficient=0.2)
+        absolute = dataclasses.replace(terms, token_loss=sizes, entropy_coefficient=-0.2)
+        size = microbatch_loss(graphdef, jax.lax.stop_gradient(params), bucket, absolute)[0]
+        return microbatch_loss(graphdef, params, bucket, terms)[0], size
+
+    return params, jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def whole_step(layout, name, scope, number, seed, dtype):
+    """Loss, Σ |w ℓ| and gradient of the first of two mini-batches, summed over micro-batches."""
+    rollout, advantages = batch(seed)
+    edges, budget, pack = layout
+    params, gradient = any_surrogate(dtype)
+    rollout = dataclasses.replace(rollout, logprobs=rollout.logprobs.astype(dtype))
+    minibatches = make_minibatches(
+        rollout,
+        rollout.group_ids // 3,
+        advantages=advantages.astype(dtype),
+        weights=weights_of(name, scope, seed, dtype),
+        auxiliary_weights=weights_of("token_mean", None, seed, dtype),
+        reference_logprobs=rollout.logprobs + dtype(0.1),
+        edges=edges,
+        tokens_per_microbatch=budget,
+        pack=pack,
+    )
+    parts = [gradient(params, bucket, number) for bucket in minibatches[0]]
+    loss, size = (sum(np.asarray(part[0][k], np.float64) for part in parts) for k in (0, 1))
+    grads = jax.tree.map(
+        lambda *xs: sum(np.asarray(x, np.float64) for x in xs), *[p[1] for p in parts]
+    )
+    return float(loss), float(size), np.concatenate([x.ravel() for x in jax.tree.leaves(grads)])
+
+
+def agree(layout, name, scope, number, seed, dtype, loss_tolerance, tolerance):
+    scope = scope if name in SCOPED else None
+    want, size, gradient = whole_step(LAYOUTS[0], name, scope, number, seed, dtype)
+    loss, _, other = whole_step(layout, name, scope, number, seed, dtype)
+    assert abs(loss - want) <= loss_tolerance * size
+    assert np.linalg.norm(other - gradient) <= tolerance * np.linalg.norm(gradient)
+    assert np.linalg.norm(gradient) > 0
+
+
+COMBINATIONS = (
+    st.sampled_from(LAYOUTS[1:]),
+    st.sampled_from(sorted(AGGREGATIONS)),
+    st.sampled_from([None, "minibatch", "group"]),
+    st.integers(0, len(SURROGATES) - 1),
+    st.integers(0, 3),
+)
+
+
+@given(*COMBINATIONS)
+@settings(max_examples=40)
+def test_loss_and_gradient_depend_on_no_layout_in_float32(layout, name, scope, number, seed):
+    agree(layout, name, scope, number, seed, np.float32, 1e-6, 1e-5)
+
+
+@given(*COMBINATIONS)
+@settings(max_examples=40)
+def test_loss_and_gradient_depend_on_no_layout_in_float64(layout, name, scope, number, seed):
+    with jax.enable_x64(True):
+        agree(layout, name, scope, number, seed, np.float64, 1e-12, 1e-12)
+
+
+def test_metrics_depend_on_no_layout(update):
     params = fakes.model(fakes.PLAIN)[1]
     weights = weights_of("delta_l")
     first, *others = (
-        update.accumulate(params, buckets_of(*layout, weights)).meters.values()
-        for layout in LAYOUTS
+        update.accumulate(params, buckets_of(layout, weights)).meters.values() for layout in LAYOUTS
     )
     assert first["policy/clip_frac_low"] > 0 and first["policy/clip_frac_high"] > 0
     for other in others:
         assert other == pytest.approx(first, rel=2e-5, abs=1e-6)
+
+
+def test_packed_logprobs_are_those_of_a_response_alone_and_nothing_later_changes_them(update):
+    params = fakes.model(fakes.PLAIN)[1]
+    rollout, _ = batch()
+    logits = jnp.asarray(fakes.forward(fakes.PLAIN, params, rollout.tokens))
+    alone = token_logprobs(logits[:, :-1], jnp.asarray(rollout.tokens[:, 1:]))[0]
+    shared = 0
+    for bucket in buckets_of(LAYOUTS[2], weights_of("delta_l")):
+        shared += max(len(np.unique(row)) for row in np.asarray(bucket.segment_ids)) > 2
+        mask = np.asarray(bucket.loss_mask)
+        rows, columns = np.asarray(bucket.segment_ids)[mask], np.asarray(bucket.positions)[mask]
+        found = np.asarray(update.logprobs(params, bucket))
+        np.testing.assert_allclose(found[mask], np.asarray(alone)[rows, columns - 1], atol=1e-5)
+        middle = bucket.tokens.shape[1] // 2
+        edited = np.array(bucket.tokens)
+        edited[:, middle:] = (edited[:, middle:] + 1) % 20 + 3
+        again = np.asarray(update.logprobs(params, dataclasses.replace(bucket, tokens=edited)))
+        np.testing.assert_array_equal(again[:, :middle], found[:, :middle])
+        assert np.any(again[:, middle:] != found[:, middle:])
+    assert shared
 
 
 def test_the_loss_mask_has_holes_and_they_carry_no_gradient(update):
@@ -127,7 +253,6 @@ def test_the_loss_mask_has_holes_and_they_carry_no_gradient(update):
             np.asarray([row]),
             advantages=np.ones(COUNT, np.float32),
             weights=np.ones(COUNT, np.float32),
-            old_logprobs=old,
             edges=(30,),
             tokens_per_microbatch=30,
         )
@@ -153,7 +278,6 @@ def test_responses_without_advantage_move_nothing(update):
         np.arange(4),
         advantages=np.zeros(COUNT, np.float32),
         weights=np.ones(COUNT, np.float32),
-        old_logprobs=rollout.logprobs,
         edges=(30,),
         tokens_per_microbatch=120,
     )
@@ -164,7 +288,7 @@ def test_responses_without_advantage_move_nothing(update):
 def test_an_update_raises_the_logprob_of_rewarded_responses(update):
     advantages = batch()[1]
     weights = weights_of("delta_l")
-    buckets = buckets_of((30,), 720, weights)
+    buckets = buckets_of(LAYOUTS[0], weights)
     state = update.init(jax.tree.map(jnp.copy, fakes.model(fakes.PLAIN)[1]), jax.random.key(0))
     # On-policy: the old log-probabilities are the model's own.
     (bucket,) = buckets
@@ -172,7 +296,8 @@ def test_an_update_raises_the_logprob_of_rewarded_responses(update):
     bucket = dataclasses.replace(bucket, old_logprobs=old)
     state, report = update(state, [bucket])
     new = update.logprobs(state.params, bucket)
-    gain = np.asarray(jnp.where(bucket.loss_mask, new - old, 0.0).sum(axis=1))
+    sums = jax.ops.segment_sum((new - old).ravel(), bucket.segment_ids.ravel(), COUNT)
+    gain = np.asarray(sums)
     assert gain @ (weights * advantages) > 0
     assert np.mean(gain[advantages > 0]) > 1e-4
     assert np.mean(gain[advantages < 0]) < -1e-4
@@ -182,7 +307,7 @@ def test_an_update_raises_the_logprob_of_rewarded_responses(update):
 
 def test_an_sgd_step_is_the_gradient_times_the_rate(update):
     params = fakes.model(fakes.PLAIN)[1]
-    buckets = buckets_of((30,), 720, weights_of("token_mean"))
+    buckets = buckets_of(LAYOUTS[0], weights_of("token_mean"))
     gradient = update.accumulate(params, buckets).grads
     state, report = update(update.init(jax.tree.map(jnp.copy, params), jax.random.key(0)), buckets)
     want = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
@@ -194,7 +319,7 @@ def test_an_sgd_step_is_the_gradient_times_the_rate(update):
 
 def test_one_fused_step_equals_gradient_and_step(update):
     params = fakes.model(fakes.PLAIN)[1]
-    (bucket,) = buckets_of((30,), 720, weights_of("token_mean"))
+    (bucket,) = buckets_of(LAYOUTS[0], weights_of("token_mean"))
     states = [update.init(jax.tree.map(jnp.copy, params), jax.random.key(0)) for _ in range(2)]
     fused, metrics = update.single(states[0], bucket)
     apart, report = update(states[1], [bucket])
@@ -203,7 +328,7 @@ def test_one_fused_step_equals_gradient_and_step(update):
 
 
 def test_a_nan_names_its_bucket_and_changes_nothing(update):
-    buckets = buckets_of((8, 16, 30), 60, weights_of("delta_l"))
+    buckets = buckets_of(LAYOUTS[1], weights_of("delta_l"))
     bad = dataclasses.replace(buckets[1], weights=buckets[1].weights * jnp.nan)
     buckets = [buckets[0], bad, *buckets[2:]]
     rows, width = bad.tokens.shape
@@ -216,7 +341,7 @@ def test_a_nan_names_its_bucket_and_changes_nothing(update):
 
 def test_a_gradient_that_is_not_finite_leaves_parameters_and_moments(update):
     params = jax.tree.map(jnp.copy, fakes.model(fakes.PLAIN)[1])
-    (bucket,) = buckets_of((30,), 720, weights_of("delta_l"))
+    (bucket,) = buckets_of(LAYOUTS[0], weights_of("delta_l"))
     bucket = dataclasses.replace(bucket, weights=bucket.weights * jnp.inf)
     state, metrics = update.single(update.init(params, jax.random.key(0)), bucket)
     assert not np.isfinite(float(metrics["optim/grad_norm"]))
@@ -225,9 +350,10 @@ def test_a_gradient_that_is_not_finite_leaves_parameters_and_moments(update):
 
 def test_one_compile_a_bucket_shape_and_no_more():
     graphdef, params = fakes.model(fakes.PLAIN)
-    counting = Update(graphdef, optax.sgd(0.1), reinforce)
-    edges = (8, 16, 30)
+    counting = Update(graphdef, optax.sgd(0.1), SUPERVISED)
+    shapes = set()
     for seed in range(4):
-        weights = weights_of("delta_l", seed)
-        counting.accumulate(params, buckets_of(edges, 60, weights, seed))
-    assert counting.add._cache_size() == len(edges)
+        buckets = buckets_of(LAYOUTS[2], weights_of("delta_l", None, seed), seed)
+        shapes |= {bucket.tokens.shape for bucket in buckets}
+        counting.accumulate(params, buckets)
+    assert counting.add._cache_size() == len(shapes) <= 3

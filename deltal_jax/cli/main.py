@@ -5,10 +5,17 @@ import os
 import sys
 
 from deltal_jax import __version__
-from deltal_jax.cli import configs, evaluate, sample, train
+from deltal_jax.cli import bench, configs, evaluate, sample, train, weights
 from deltal_jax.errors import UserError
 
-COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample, "configs": configs}
+COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "sample": sample,
+    "weights": weights,
+    "bench": bench,
+    "configs": configs,
+}
 
 EPILOG = """\
 examples:
@@ -17,6 +24,7 @@ examples:
   deltal train my.yaml --dry-run                     check everything, compile nothing
   deltal train run.dir=runs/x --resume               go on from the newest checkpoint
   deltal sample runs/x "7 1 5 -> 40"                 ask a trained model one problem
+  deltal weights lengths.json --alpha 0.5,1          every aggregation's weights for your lengths
 
 exit codes: 0 done, 1 the run failed, 2 bad input (one line says which field and what to do)
 """

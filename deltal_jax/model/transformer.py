@@ -9,6 +9,7 @@ leaves do not grow with depth. `split_model` is called once; everything after is
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -142,6 +143,7 @@ class Transformer(nnx.Module):
 
         init = nnx.initializers.normal(arch.d_model**-0.5 if arch.tied_embeddings else 1.0)
         self.embed = nnx.Embed(arch.vocab, arch.d_model, embedding_init=init, rngs=rngs)
+        self.embed.dtype = None  # compute in the type of the parameters, whatever they become
         self.blocks = stack(rngs)
         self.norm = nnx.RMSNorm(arch.d_model, epsilon=arch.norm_epsilon, rngs=rngs)
         if not arch.tied_embeddings:
@@ -154,6 +156,14 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
         """Scores over the vocabulary from normed hidden states."""
         return self.embed.attend(hidden) if self.arch.tied_embeddings else self.head(hidden)
+
+    def head_function(self) -> tuple[Callable[[Any, Array], Array], Any]:
+        """`logits` as a pure function of the head's own parameters, and these."""
+        if self.arch.tied_embeddings:
+            embed, parameters = nnx.split(self.embed)
+            return lambda parameters, x: nnx.merge(embed, parameters).attend(x), parameters
+        linear, parameters = nnx.split(self.head)
+        return lambda parameters, x: nnx.merge(linear, parameters)(x), parameters
 
     def hidden(
         self,
@@ -219,6 +229,14 @@ def split_model(model: Transformer) -> tuple[nnx.GraphDef, Any]:
     """The static definition and the parameter pytree, split once at start."""
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
+
+
+def attention_work(arch: Architecture) -> float:
+    """What each column of a row adds to the work of a token, relative to that of its matrix
+    products with the parameters of the layers."""
+    heads, kv_heads = (count * arch.head_dim for count in (arch.heads, arch.kv_heads))
+    linear = arch.d_model * (2 * heads + 2 * kv_heads + 3 * arch.d_ff)
+    return 2 * heads / linear
 
 
 def parameter_count(arch: Architecture) -> int:

@@ -10,8 +10,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
+
+from deltal_jax.objective.checks import at_hand, check_ids, check_number
+from deltal_jax.objective.names import Catalogue
 
 
 def group_standardize(
@@ -24,10 +27,12 @@ def group_standardize(
     """GRPO's advantage: A_i = (r_i − mean_group) / (std_group + ε), with the n−1 standard
     deviation.
 
-    A group of one has no spread: its advantage is 0.
+    A group of one has no spread: its advantage is 0. Raises ValueError for an ε that is not
+    positive.
 
     Source: Shao et al., arXiv 2402.03300.
     """
+    check_number("epsilon", epsilon, above=0.0)
     centered, known, count = _centered(rewards, group_ids, where)
     squares = _group_sum(centered**2, group_ids)
     std = jnp.sqrt(squares / jnp.maximum(count - 1.0, 1.0))
@@ -77,20 +82,28 @@ def batch_standardize(
     Source: Hu et al., arXiv 2501.03262.
     """
     del group_ids
-    whole = jnp.zeros(jnp.shape(rewards), jnp.int32)
-    return group_standardize(rewards, whole, where=where, epsilon=epsilon)
+    check_number("epsilon", epsilon, above=0.0)
+    rewards, known = _known(rewards, where)
+    # Not a group of B: a segment sum adds one value after another, imprecise at 10^6 in float32.
+    above = rewards - jnp.min(rewards, initial=jnp.inf, where=known)
+    count = jnp.sum(known)
+    centered = above - jnp.sum(above, where=known) / jnp.maximum(count, 1)
+    squares = jnp.sum(centered**2, where=known)
+    std = jnp.sqrt(squares / jnp.maximum(count - 1, 1))
+    return jnp.where(known, centered / (std + epsilon), 0.0)
 
 
 def length_weighted_baseline(
     rewards: Float[Array, " B"],
-    group_ids: Int[Array, " B"],
     lengths: Num[Array, " B"],
+    group_ids: Int[Array, " B"],
     *,
     where: Bool[Array, " B"] | None = None,
 ) -> Float[Array, " B"]:
     """OPO's advantage: A_i = r_i − Σ_j L_j r_j / Σ_j L_j over its group.
 
-    The baseline of least variance when the squared score of a response grows with its length.
+    The baseline of least variance when the squared score of a response grows with its length. Mind
+    the order of the arguments: the lengths come second.
 
     Source: Hao et al., arXiv 2505.23585.
     """
@@ -107,27 +120,31 @@ def max_rl(
     *,
     where: Bool[Array, " B"] | None = None,
 ) -> Float[Array, " B"]:
-    """MaxRL's advantage: A_i = (r_i − mean_group) / mean_group, 0 where the mean is 0.
+    """MaxRL's advantage: A_i = (r_i − mean_group) / mean_group, 0 where the mean is not positive.
 
     Raises ValueError for a negative reward (when the values are at hand, not under jit).
+
+    Source: arXiv 2602.02710.
     """
-    if not isinstance(rewards, Tracer) and bool(jnp.any(jnp.asarray(rewards) < 0)):
+    if at_hand(rewards) and np.any(np.asarray(rewards) < 0):
         raise ValueError("max_rl: rewards must not be negative")
-    centered, known, count = _centered(rewards, group_ids, where)
-    values = jnp.where(known, jnp.where(known, rewards, 0.0), 0.0).astype(centered.dtype)
-    mean = _group_sum(values, group_ids) / jnp.maximum(count, 1.0)
+    centered, _, count = _centered(rewards, group_ids, where)
+    mean = _group_sum(_known(rewards, where)[0], group_ids) / jnp.maximum(count, 1.0)
     return jnp.where(mean > 0, centered / jnp.where(mean > 0, mean, 1.0), 0.0)
 
 
 #: Every advantage estimator by name.
-ADVANTAGES: dict[str, Callable[..., Float[Array, " B"]]] = {
-    "group_standardize": group_standardize,
-    "group_center": group_center,
-    "leave_one_out": leave_one_out,
-    "batch_standardize": batch_standardize,
-    "length_weighted_baseline": length_weighted_baseline,
-    "max_rl": max_rl,
-}
+ADVANTAGES: Catalogue[Callable[..., Float[Array, " B"]]] = Catalogue(
+    "advantage",
+    {
+        "group_standardize": group_standardize,
+        "group_center": group_center,
+        "leave_one_out": leave_one_out,
+        "batch_standardize": batch_standardize,
+        "length_weighted_baseline": length_weighted_baseline,
+        "max_rl": max_rl,
+    },
+)
 
 
 def _group_sum(values: Float[Array, " B"], group_ids: Int[Array, " B"]) -> Float[Array, " B"]:
@@ -151,23 +168,20 @@ def _above_lowest(
     The minimum is exact: so a constant group centres to exactly 0, where a rounded mean of, say,
     0.35 would not. Raises ValueError for ids outside [0, B), which JAX would drop in silence.
     """
-    rewards = jnp.asarray(rewards)
-    rewards = rewards.astype(jnp.promote_types(jnp.result_type(rewards, float), jnp.float32))
-    _check_ids(group_ids, rewards.shape[0])
-    known = ~jnp.isnan(rewards)
-    if where is not None:
-        known &= where
-    lowest = jax.ops.segment_min(jnp.where(known, rewards, jnp.inf), group_ids, rewards.shape[0])[
-        group_ids
-    ]
-    above = jnp.where(known, jnp.where(known, rewards, 0.0) - jnp.where(known, lowest, 0.0), 0.0)
+    rewards, known = _known(rewards, where)
+    check_ids("group_ids", group_ids, rewards.shape[0])
+    lowest = jax.ops.segment_min(jnp.where(known, rewards, jnp.inf), group_ids, rewards.shape[0])
+    above = jnp.where(known, rewards - jnp.where(known, lowest[group_ids], 0.0), 0.0)
     return above, known, _group_sum(known.astype(rewards.dtype), group_ids)
 
 
-def _check_ids(group_ids: Int[Array, " B"], count: int) -> None:
-    """Under jit the values are not at hand: then nothing is checked."""
-    if isinstance(group_ids, Tracer) or count == 0:
-        return
-    low, high = int(jnp.min(group_ids)), int(jnp.max(group_ids))
-    if low < 0 or high >= count:
-        raise ValueError(f"group_ids: expected ids in [0, {count}), got {low} … {high}")
+def _known(
+    rewards: Float[Array, " B"], where: Bool[Array, " B"] | None
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """Rewards in float32 or better, 0 where unknown, and which are known."""
+    rewards = jnp.asarray(rewards)
+    known = ~jnp.isnan(rewards)
+    if where is not None:
+        known &= where
+    dtype = jnp.promote_types(jnp.result_type(rewards, float), jnp.float32)
+    return jnp.where(known, rewards, 0.0).astype(dtype), known

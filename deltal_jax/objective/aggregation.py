@@ -12,13 +12,13 @@ Conventions shared by all functions here:
 
 - `lengths`: Int[B]. A response with L_i = 0 has no token to train: weight 0, and it counts nowhere.
 - `where`: Bool[B], filters responses: weight 0 where False. By default they leave the denominators
-  too;
-  `count_masked=True` keeps them there (the reference implementation does).
+  too; `count_masked=True` keeps them there (the reference implementation does).
 - `scope_ids`: Int[B] in [0, B): the scope that each response is normalised in (mini-batch or group
   ids; None: the whole batch). With K scopes that hold a counted response, w_i is 1/K times the
   formula inside i's scope, so that Σ_i w_i S_i is always the estimate of the whole batch. An
   optimizer step on a mini-batch of B_mb of the B responses uses the loss Σ_{i in mini-batch} (B /
-  B_mb) w_i S_i; this is where B/B_mb enters, for every scope.
+  B_mb) w_i S_i; this is where B/B_mb enters, for every scope. Ids outside [0, B) raise ValueError
+  where their values are at hand; under jit JAX drops them.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,10 +29,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from deltal_jax.objective.checks import check_ids, check_number
+from deltal_jax.objective.names import Catalogue
+
 
 def delta_l(
     lengths: Num[Array, " B"],
-    alpha: float | Float[Array, ""] = 1.0,
+    alpha: float | int | Float[Array, ""] = 1.0,
     *,
     normalizer: float | int | None = None,
     where: Bool[Array, " B"] | None = None,
@@ -49,14 +52,16 @@ def delta_l(
     lengths are weighed differently, but a response's share inside one batch is the same.
 
     `normalizer` is the paper's M (the maximum response length), a constant that never follows
-    padding; None takes M = 1: the weights sum to 1.
+    padding; None takes M = 1: the weights sum to 1. Raises ValueError for an `alpha` or
+    `normalizer` that is not a finite number, or a `normalizer` that is not positive.
 
     Source: arXiv 2509.07558, equation for ΔL Norm.
     """
+    check_number("alpha", alpha)
     lengths, counted = _counted(lengths, where, count_masked)
     powers = jnp.where(counted, jnp.where(counted, lengths, 1.0) ** -alpha, 0.0)
     weights = powers / _scope_total(powers, scope_ids)
-    return _finish(weights, where, counted, scope_ids) / (1.0 if normalizer is None else normalizer)
+    return _finish(weights, where, counted, scope_ids) / _divisor(normalizer)
 
 
 def constant_length(
@@ -76,7 +81,7 @@ def constant_length(
     _, counted = _counted(lengths, where, count_masked)
     ones = counted.astype(_float_dtype(lengths))
     weights = ones / _scope_total(ones, scope_ids)
-    return _finish(weights, where, counted, scope_ids) / (1.0 if normalizer is None else normalizer)
+    return _finish(weights, where, counted, scope_ids) / _divisor(normalizer)
 
 
 def sequence_mean(
@@ -125,6 +130,7 @@ def prompt_mean(
 
     It is `token_mean` in group scope. Some libraries mean this by "DAPO" (see verl #2776).
     """
+    check_ids("group_ids", group_ids, len(lengths))
     return token_mean(lengths, where=where, count_masked=count_masked, scope_ids=group_ids)
 
 
@@ -140,6 +146,7 @@ def local_token_mean(
     For reproduction only: the loss depends on how the batch was split. It is TRL's `bnpo` and what
     the reference implementation of arXiv 2509.07558 calls "DAPO Norm" (micro-batches of 4).
     """
+    check_ids("microbatch_ids", microbatch_ids, len(lengths))
     return token_mean(lengths, where=where, count_masked=count_masked, scope_ids=microbatch_ids)
 
 
@@ -210,14 +217,16 @@ def inverse_variance(
     for an autocorrelation that no process has.
     """
     options = {"where": where, "count_masked": count_masked, "scope_ids": scope_ids}
-    if set(variance) == {"beta"}:
+    if not isinstance(variance, Mapping) or set(variance) not in ({"beta"}, {"rho"}):
+        found = sorted(map(str, variance)) if isinstance(variance, Mapping) else repr(variance)
+        raise ValueError(f"variance: expected {{'beta': …}} or {{'rho': …}}, got {found}")
+    if "beta" in variance:
+        check_number("variance['beta']", variance["beta"])
         return delta_l(lengths, variance["beta"], normalizer=normalizer, **options)
-    if set(variance) != {"rho"}:
-        raise ValueError(
-            f"variance: expected {{'beta': …}} or {{'rho': …}}, got {sorted(variance)}"
-        )
     values, counted = _counted(lengths, where, count_masked)
     rho = jnp.asarray(variance["rho"], values.dtype)
+    if rho.ndim != 1:
+        raise ValueError(f"variance['rho']: expected one number a distance, got shape {rho.shape}")
 
     def lag(total: Array, term: tuple[Array, Array]) -> tuple[Array, None]:
         distance, correlation = term
@@ -228,22 +237,25 @@ def inverse_variance(
     v = jnp.maximum(v, jnp.maximum(values, 1.0) * 1e-6)
     inverse = jnp.where(counted, 1.0 / v, 0.0)
     weights = inverse / _scope_total(inverse, scope_ids)
-    return _finish(weights, where, counted, scope_ids) / (1.0 if normalizer is None else normalizer)
+    return _finish(weights, where, counted, scope_ids) / _divisor(normalizer)
 
 
 #: Every aggregation by name; the first four need lengths alone.
-AGGREGATIONS: dict[str, Callable[..., Float[Array, " B"]]] = {
-    "delta_l": delta_l,
-    "sequence_mean": sequence_mean,
-    "token_mean": token_mean,
-    "constant_length": constant_length,
-    "prompt_mean": prompt_mean,
-    "token_sum": token_sum,
-    "sequence_sum": sequence_sum,
-    "local_token_mean": local_token_mean,
-    "balanced": balanced,
-    "inverse_variance": inverse_variance,
-}
+AGGREGATIONS: Catalogue[Callable[..., Float[Array, " B"]]] = Catalogue(
+    "aggregation",
+    {
+        "delta_l": delta_l,
+        "sequence_mean": sequence_mean,
+        "token_mean": token_mean,
+        "constant_length": constant_length,
+        "prompt_mean": prompt_mean,
+        "token_sum": token_sum,
+        "sequence_sum": sequence_sum,
+        "local_token_mean": local_token_mean,
+        "balanced": balanced,
+        "inverse_variance": inverse_variance,
+    },
+)
 
 
 def segment_sums(
@@ -251,8 +263,15 @@ def segment_sums(
     segment_ids: Int[Array, "*shape"],
     num_segments: int,
     mask: Bool[Array, "*shape"],
+    *,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, " S"]:
     """S_i = Σ_t values over the masked tokens of segment i, for padded or packed rows of any shape.
+
+    Inside `jax.shard_map`, `axis_name` names the mesh axes that the tokens are split over: the sums
+    add over them and are the same on each shard, so a response may straddle shards (ids count the
+    segments of all shards). Take gradients outside the shard_map: inside, that of a replicated
+    parameter is added over the shards already, and a `psum` of it multiplies it by their number.
 
     Tokens whose mask is False contribute nothing to the value or the gradient, NaN included; ids
     outside [0, num_segments) are dropped. Raises AssertionError where the three shapes differ,
@@ -260,7 +279,28 @@ def segment_sums(
     """
     chex.assert_equal_shape((token_values, segment_ids, mask))
     values = jnp.where(mask, token_values, 0.0)
-    return jax.ops.segment_sum(values.ravel(), segment_ids.ravel(), num_segments)
+    sums = jax.ops.segment_sum(values.ravel(), segment_ids.ravel(), num_segments)
+    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+
+def segment_means(
+    token_values: Float[Array, "*shape"],
+    segment_ids: Int[Array, "*shape"],
+    mask: Bool[Array, "*shape"],
+    num_segments: int | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Float[Array, "*shape"]:
+    """The mean over each segment's masked tokens, at each of its tokens; 0 outside of segments.
+
+    `num_segments` is the number of segments, by default as many as there are tokens; `axis_name`
+    as in `segment_sums`.
+    """
+    count = token_values.size if num_segments is None else num_segments
+    sums = segment_sums(token_values, segment_ids, count, mask, axis_name=axis_name)
+    ones = jnp.ones_like(token_values)
+    tokens = segment_sums(ones, segment_ids, count, mask, axis_name=axis_name)
+    means = jnp.pad(sums / jnp.maximum(tokens, 1.0), (0, 1))
+    return means[jnp.clip(segment_ids, 0, count)]
 
 
 def policy_gradient_loss(
@@ -268,14 +308,20 @@ def policy_gradient_loss(
     weights: Float[Array, " S"],
     segment_ids: Int[Array, "*shape"],
     mask: Bool[Array, "*shape"],
+    *,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, tuple[Float[Array, ""], Float[Array, ""]]]]:
     """loss = Σ_i w_i Σ_t ℓ_it of one micro-batch, to be added to those of the others.
 
-    Returns the loss and metrics as (sum, count) pairs, which add over micro-batches too.
+    Returns the loss and metrics as (sum, count) pairs, which add over micro-batches too. With
+    `axis_name`, see `segment_sums`, all of them are those of the tokens of all shards; `weights`
+    are the same on each shard.
     """
-    sums = segment_sums(token_losses, segment_ids, weights.shape[0], mask)
-    loss = jnp.sum(weights * sums)
+    sums = segment_sums(token_losses, segment_ids, weights.shape[0], mask, axis_name=axis_name)
+    loss = jnp.sum(weights * sums)  # of whole sums: a second psum would count it once a shard
     count = jnp.sum(mask, dtype=sums.dtype)
+    if axis_name is not None:
+        count = jax.lax.psum(count, axis_name)
     return loss, {"policy/token_loss": (jnp.sum(sums), count)}
 
 
@@ -294,13 +340,47 @@ def _counted(
     return lengths.astype(_float_dtype(lengths)), counted
 
 
+def _divisor(normalizer: float | int | Float[Array, ""] | None) -> float | int | Array:
+    """M, or 1 for None. Raises ValueError for a number that is not positive and finite."""
+    if normalizer is None:
+        return 1.0
+    check_number("normalizer", normalizer, above=0.0)
+    return normalizer
+
+
 def _scope_total(values: Float[Array, " B"], scope_ids: Int[Array, " B"] | None) -> Array:
-    """The sum of `values` over each response's scope; 1 where that is 0, to be divided by."""
+    """The sum of `values` ≥ 0 over each response's scope; 1 where that is 0, to be divided by."""
     if scope_ids is None:
         total = jnp.sum(values)
     else:
-        total = jax.ops.segment_sum(values, scope_ids, values.shape[0])[scope_ids]
+        check_ids("scope_ids", scope_ids, values.shape[0])
+        total = _scope_sums(values, scope_ids)[scope_ids]
     return jnp.where(total > 0, total, 1.0)
+
+
+def _scope_sums(values: Float[Array, " B"], scope_ids: Int[Array, " B"]) -> Float[Array, " B"]:
+    """The sum of `values` ≥ 0 over each scope, to float32's precision at any size, in any order.
+
+    A segment sum adds one value after another: in float32 the total of 10^6 is off by up to 2 %,
+    and on a GPU it may differ from run to run. So each value is split into three integers of so
+    many bits that no sum of them overflows, and integers add exactly.
+    """
+    size = values.shape[0]
+    plain = jax.ops.segment_sum(values, scope_ids, size)
+    if plain.dtype == jnp.float64:
+        return plain
+    largest = jax.ops.segment_max(values, scope_ids, size)
+    largest = jnp.where(largest > 0, largest, 1.0)  # −inf where the scope is empty
+    bits = 32 - size.bit_length()
+    left, exact = values / largest[scope_ids], jnp.zeros_like(plain)
+    for limb in (1, 2, 3):
+        left = left * 2.0**bits
+        whole = jnp.floor(left)
+        left = left - whole
+        part = jax.ops.segment_sum(whole.astype(jnp.uint32), scope_ids, size)
+        exact = exact + part.astype(plain.dtype) * 2.0 ** (-bits * limb)
+    # Integers have no gradient; that of the plain sum is right.
+    return plain + jax.lax.stop_gradient(exact * largest - plain)
 
 
 def _finish(

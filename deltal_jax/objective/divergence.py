@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from deltal_jax.objective.names import Catalogue
+
 
 def kl_k1(
     logprobs: Float[Array, "*shape"], reference_logprobs: Float[Array, "*shape"]
@@ -57,9 +59,12 @@ def entropy(logits: Float[Array, "*shape V"]) -> Float[Array, "*shape"]:
 
 
 #: Every KL estimator by name.
-DIVERGENCES: dict[str, Callable[..., Float[Array, "*shape"]]] = {
-    "kl_k1": kl_k1,
-    "kl_k2": kl_k2,
-    "kl_k3": kl_k3,
-    "kl_k3_straight_through": kl_k3_straight_through,
-}
+DIVERGENCES: Catalogue[Callable[..., Float[Array, "*shape"]]] = Catalogue(
+    "divergence",
+    {
+        "kl_k1": kl_k1,
+        "kl_k2": kl_k2,
+        "kl_k3": kl_k3,
+        "kl_k3_straight_through": kl_k3_straight_through,
+    },
+)

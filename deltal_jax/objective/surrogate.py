@@ -2,16 +2,20 @@
 
 All arguments have the shape of the tokens: `logprobs` of the policy that is trained, `old_logprobs`
 of the policy before this rollout's updates, `advantages` of each token's response. Nothing is
-reduced here: `aggregation.policy_gradient_loss` weighs and sums.
+reduced here: `aggregation.policy_gradient_loss` weighs and sums. A negative clip range or
+threshold, a dual clip of 1 or less and a τ that is not positive raise ValueError.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deltal_jax.objective.aggregation import segment_sums
+from deltal_jax.objective.aggregation import segment_means
+from deltal_jax.objective.checks import check_number
+from deltal_jax.objective.names import Catalogue
 
 
 def reinforce(
@@ -45,6 +49,7 @@ def clipped(
     Source: Schulman et al., arXiv 1707.06347; Yu et al., arXiv 2503.14476 (ε_high); Ye et al.,
     arXiv 1912.09729 (dual clip).
     """
+    _check_clip(clip_low, clip_high, dual_clip)
     losses = _clip(_ratio(logprobs, old_logprobs), advantages, clip_low, clip_high)
     if dual_clip is not None:
         losses = jnp.where(advantages < 0, jnp.minimum(losses, -advantages * dual_clip), losses)
@@ -58,9 +63,10 @@ def gspo(
     *,
     segment_ids: Int[Array, "*shape"],
     mask: Bool[Array, "*shape"],
-    num_segments: int,
+    num_segments: int | None = None,
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "*shape"]:
     """GSPO: `clipped` with one ratio a response, the geometric mean of its tokens' ratios.
 
@@ -70,9 +76,12 @@ def gspo(
     The response's loss stands at each of its tokens: with `sequence_mean` weights the sum is GSPO's
     mean over responses, with `sequence_sum` LUSPO's.
 
+    `axis_name`: the mesh axes that tokens are split over, inside `jax.shard_map`.
+
     Source: Zheng et al., arXiv 2507.18071.
     """
-    ratio = _sequence_ratio(logprobs, old_logprobs, segment_ids, mask, num_segments)
+    _check_clip(clip_low, clip_high)
+    ratio = _sequence_ratio(logprobs, old_logprobs, segment_ids, mask, num_segments, axis_name)
     return _clip(ratio, advantages, clip_low, clip_high)
 
 
@@ -83,17 +92,21 @@ def gspo_token(
     *,
     segment_ids: Int[Array, "*shape"],
     mask: Bool[Array, "*shape"],
-    num_segments: int,
+    num_segments: int | None = None,
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "*shape"]:
     """GSPO-token: GSPO's value and clipping, with a gradient for each token of its own.
 
         s_it = sg(s_i) · π / sg(π)
 
+    `axis_name`: the mesh axes that tokens are split over, inside `jax.shard_map`.
+
     Source: Zheng et al., arXiv 2507.18071.
     """
-    ratio = _sequence_ratio(logprobs, old_logprobs, segment_ids, mask, num_segments)
+    _check_clip(clip_low, clip_high)
+    ratio = _sequence_ratio(logprobs, old_logprobs, segment_ids, mask, num_segments, axis_name)
     own = jnp.exp(logprobs - jax.lax.stop_gradient(logprobs))
     return _clip(jax.lax.stop_gradient(ratio) * own, advantages, clip_low, clip_high)
 
@@ -112,6 +125,7 @@ def cispo(
 
     Source: MiniMax-M1, arXiv 2506.13585.
     """
+    _check_clip(clip_low, clip_high)
     ratio = jax.lax.stop_gradient(_ratio(logprobs, old_logprobs))
     return -jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages * logprobs
 
@@ -123,22 +137,26 @@ def gmpo(
     *,
     segment_ids: Int[Array, "*shape"],
     mask: Bool[Array, "*shape"],
-    num_segments: int,
+    num_segments: int | None = None,
     clip_low: float = 0.4,
     clip_high: float = 0.4,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "*shape"]:
     """GMPO: the geometric mean of the tokens' clipped ratios; the clip is in log space, by token.
 
         d_t = log π − log π_old,   c_t = min(d_t, ε_high) if A > 0, max(d_t, −ε_low) if A < 0
         ℓ_t = −A · exp(mean_t c_t)
 
+    `axis_name`: the mesh axes that tokens are split over, inside `jax.shard_map`.
+
     Source: Zhao et al., arXiv 2507.20673.
     """
+    _check_clip(clip_low, clip_high)
     difference = jnp.clip(logprobs - old_logprobs, -20.0, 20.0)
     kept = jnp.where(
         advantages > 0, jnp.minimum(difference, clip_high), jnp.maximum(difference, -clip_low)
     )
-    mean = _segment_mean(kept, segment_ids, mask, num_segments)
+    mean = segment_means(kept, segment_ids, mask, num_segments, axis_name)
     return -advantages * jnp.exp(mean)
 
 
@@ -156,6 +174,8 @@ def sapo(
 
     Source: Gao et al., arXiv 2511.20347.
     """
+    check_number("tau_positive", tau_positive, above=0.0)
+    check_number("tau_negative", tau_negative, above=0.0)
     tau = jnp.where(advantages > 0, tau_positive, tau_negative)
     gate = jax.nn.sigmoid(tau * (_ratio(logprobs, old_logprobs) - 1.0)) * 4.0 / tau
     return -advantages * gate
@@ -174,6 +194,7 @@ def dppo(
 
     Source: arXiv 2602.04879.
     """
+    check_number("threshold", threshold, least=0.0)
     ratio = _ratio(logprobs, old_logprobs)
     moved = jnp.abs(jnp.exp(logprobs) - jnp.exp(old_logprobs)) > threshold
     onward = jnp.where(advantages > 0, ratio > 1.0, ratio < 1.0)
@@ -181,16 +202,19 @@ def dppo(
 
 
 #: Every surrogate by name.
-SURROGATES: dict[str, Callable[..., Float[Array, "*shape"]]] = {
-    "reinforce": reinforce,
-    "clipped": clipped,
-    "gspo": gspo,
-    "gspo_token": gspo_token,
-    "cispo": cispo,
-    "gmpo": gmpo,
-    "sapo": sapo,
-    "dppo": dppo,
-}
+SURROGATES: Catalogue[Callable[..., Float[Array, "*shape"]]] = Catalogue(
+    "surrogate",
+    {
+        "reinforce": reinforce,
+        "clipped": clipped,
+        "gspo": gspo,
+        "gspo_token": gspo_token,
+        "cispo": cispo,
+        "gmpo": gmpo,
+        "sapo": sapo,
+        "dppo": dppo,
+    },
+)
 
 
 def ratio_diagnostics(
@@ -207,6 +231,7 @@ def ratio_diagnostics(
     `clip_high`: A > 0 and r above the range; `clip_low`: A < 0 and r below it; `clip_dual`: A < 0
     and r above c.
     """
+    _check_clip(clip_low, clip_high, dual_clip)
     ratio = jax.lax.stop_gradient(_ratio(logprobs, old_logprobs))
     positive, negative = advantages > 0, advantages < 0
     dual = negative & (ratio > dual_clip) if dual_clip is not None else jnp.zeros_like(negative)
@@ -225,6 +250,14 @@ def _ratio(
     return jnp.exp(jnp.clip(logprobs - old_logprobs, -20.0, 20.0))
 
 
+def _check_clip(clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:
+    """An infinite range clips nothing; a dual clip of 1 or less would cut into the range itself."""
+    check_number("clip_low", clip_low, least=0.0, most=math.inf)
+    check_number("clip_high", clip_high, least=0.0, most=math.inf)
+    if dual_clip is not None:
+        check_number("dual_clip", dual_clip, above=1.0)
+
+
 def _clip(
     ratio: Float[Array, "*shape"],
     advantages: Float[Array, "*shape"],
@@ -240,21 +273,9 @@ def _sequence_ratio(
     old_logprobs: Float[Array, "*shape"],
     segment_ids: Int[Array, "*shape"],
     mask: Bool[Array, "*shape"],
-    num_segments: int,
+    num_segments: int | None,
+    axis_name: str | tuple[str, ...] | None,
 ) -> Float[Array, "*shape"]:
     """The geometric mean of each response's ratios, at each of its tokens."""
     difference = jnp.clip(logprobs - old_logprobs, -20.0, 20.0)
-    return jnp.exp(_segment_mean(difference, segment_ids, mask, num_segments))
-
-
-def _segment_mean(
-    values: Float[Array, "*shape"],
-    segment_ids: Int[Array, "*shape"],
-    mask: Bool[Array, "*shape"],
-    num_segments: int,
-) -> Float[Array, "*shape"]:
-    """The mean over each response's masked tokens, at each of its tokens; 0 outside."""
-    sums = segment_sums(values, segment_ids, num_segments, mask)
-    counts = segment_sums(jnp.ones_like(values), segment_ids, num_segments, mask)
-    means = jnp.pad(sums / jnp.maximum(counts, 1.0), (0, 1))
-    return means[jnp.clip(segment_ids, 0, num_segments)]
+    return jnp.exp(segment_means(difference, segment_ids, mask, num_segments, axis_name))

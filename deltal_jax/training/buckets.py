@@ -1,20 +1,111 @@
 """Ragged responses into a few padded shapes.
 
-A bucket is a micro-batch of a fixed shape, so that each shape compiles once. Which bucket a
-response falls into changes nothing but the padding: its weight was fixed before, and gradients add.
+A bucket is a micro-batch of a fixed shape, so that each shape compiles once. Which row a response
+falls into changes nothing but the padding: its weight was fixed before, segments are numbered over
+the whole rollout, and gradients add. So the layout is free, and is the one that computes the fewest
+tokens.
 """
 
 import bisect
+import dataclasses
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from deltal_jax.types import Bucket, Rollout
 
+#: A micro-batch may also have this part of the full number of rows: the last ones are rarely full.
+ROW_FRACTIONS = (1, 2, 4)
+#: What one more micro-batch costs beside its tokens, as a part of the token budget.
+MICROBATCH_OVERHEAD = 1 / 16
 
-def bucket_rows(edge: int, tokens_per_microbatch: int) -> int:
-    """Rows of a micro-batch of width `edge`: the token budget, but at least one row."""
-    return max(1, tokens_per_microbatch // edge)
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """The shape of a bucket, and the responses in each of its rows (fewer lists than rows: the rest
+    is empty)."""
+
+    rows: int
+    width: int
+    members: list[list[int]]
+
+
+def bucket_rows(edge: int, tokens_per_microbatch: int, row_multiple: int = 1) -> int:
+    """Rows of a full micro-batch of width `edge`: the token budget, but at least `row_multiple`."""
+    rows = tokens_per_microbatch // edge
+    return max(rows - rows % row_multiple, row_multiple)
+
+
+def bucket_layout(
+    lengths: np.ndarray,
+    edges: tuple[int, ...],
+    tokens_per_microbatch: int,
+    *,
+    pack: bool = False,
+    row_multiple: int = 1,
+    attention: float = 0.0,
+) -> list[MicroBatch]:
+    """The micro-batches that hold rows of these lengths with the least work.
+
+    Rows are ordered by length and cut into micro-batches by dynamic programming over their shapes:
+    a width, and a number of rows (a full micro-batch, or a fraction in ROW_FRACTIONS), which is a
+    multiple of `row_multiple`, the devices that they are split over. The work of a micro-batch is
+    rows · width · (1 + attention · width), and MICROBATCH_OVERHEAD of the budget; `attention` is
+    what each column of a row adds to a token's work (`model.transformer.attention_work`). The sum
+    is the least of all ways to put the rows into such shapes.
+
+    `pack` puts several responses into a row, longest first, each into the fullest row that still
+    has room; how wide the rows of all but the longest responses are is what costs least. Raises
+    ValueError if a length fits no edge.
+    """
+    if len(lengths) == 0:
+        return []
+    width = _edge(int(np.max(lengths)), edges)
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    if pack:
+        narrow = [edge for edge in edges if edge <= width]
+        choices = [_pack(lengths, order, width, edge) for edge in reversed(narrow)]
+    else:
+        choices = [[[index] for index in order]]
+    options = (lengths, edges, tokens_per_microbatch, row_multiple, attention)
+    return min((_cut(rows, *options) for rows in choices), key=lambda found: found[0])[1]
+
+
+def _cut(
+    packed: list[list[int]],
+    lengths: np.ndarray,
+    edges: tuple[int, ...],
+    tokens_per_microbatch: int,
+    row_multiple: int,
+    attention: float,
+) -> tuple[float, list[MicroBatch]]:
+    """The cheapest micro-batches of these rows, with their cost."""
+    fills = [int(sum(lengths[index] for index in row)) for row in packed]
+    order = sorted(range(len(packed)), key=lambda row: -fills[row])
+    packed, fills = [packed[row] for row in order], [fills[row] for row in order]
+    # A wider edge than need be is tried too: its fractions may hold the rest in fewer tokens. With
+    # every shape open and rows in order, part-filled micro-batches before the last gain nothing.
+    full = {edge: bucket_rows(edge, tokens_per_microbatch, row_multiple) for edge in edges}
+    shapes = {
+        (bucket_rows(1, rows // part, row_multiple), edge)
+        for edge, rows in full.items()
+        for part in ROW_FRACTIONS
+    }
+    shapes = sorted(shapes, key=lambda shape: (shape[1], shape[0]))
+    overhead = tokens_per_microbatch * MICROBATCH_OVERHEAD
+    cost, back = [0.0] + [np.inf] * len(packed), [(0, 0, 0)] * (len(packed) + 1)
+    for start, fill in enumerate(fills):
+        for rows, edge in shapes:
+            end = min(start + rows, len(packed))
+            total = cost[start] + rows * edge * (1 + attention * edge) + overhead
+            if edge >= fill and total < cost[end]:
+                cost[end], back[end] = total, (start, rows, edge)
+    batches, end = [], len(packed)
+    while end > 0:
+        start, rows, edge = back[end]
+        batches.append(MicroBatch(rows, edge, packed[start:end]))
+        end = start
+    return cost[-1], batches
 
 
 def make_buckets(
@@ -23,28 +114,49 @@ def make_buckets(
     *,
     advantages: np.ndarray,
     weights: np.ndarray,
-    old_logprobs: np.ndarray,
+    auxiliary_weights: np.ndarray | None = None,
+    old_logprobs: np.ndarray | None = None,
+    reference_logprobs: np.ndarray | None = None,
     edges: tuple[int, ...],
     tokens_per_microbatch: int,
+    pack: bool = False,
+    row_multiple: int = 1,
+    attention: float = 0.0,
 ) -> list[Bucket]:
-    """The responses `indices` of a rollout as micro-batches, shortest bucket first.
+    """The responses `indices` of a rollout as micro-batches in host memory, shortest first.
 
-    A response goes to the smallest edge that holds prompt and response; rows keep the rollout's
-    order. Raises ValueError if one fits no edge.
+    Weights and advantages, Float[B], and log-probabilities, Float[B T], are those of the whole
+    rollout; `old_logprobs` are the sampler's by default. The other options are those of
+    `bucket_layout`. Raises ValueError if a row fits no edge.
     """
-    lengths = np.asarray(rollout.lengths)
-    by_edge: dict[int, list[int]] = {}
-    for index in indices:
-        at = bisect.bisect_left(edges, lengths[index])
-        if at == len(edges):
-            raise ValueError(f"a row of {lengths[index]} tokens fits no bucket of {edges}")
-        by_edge.setdefault(edges[at], []).append(int(index))
+    indices = np.asarray(indices)
+    layout = bucket_layout(
+        np.asarray(rollout.lengths)[indices],
+        edges,
+        tokens_per_microbatch,
+        pack=pack,
+        row_multiple=row_multiple,
+        attention=attention,
+    )
+    per_response: dict[str, Any] = dict(
+        advantages=advantages,
+        weights=weights,
+        auxiliary_weights=weights if auxiliary_weights is None else auxiliary_weights,
+    )
+    per_token = dict(
+        tokens=rollout.tokens,
+        loss_mask=rollout.loss_mask,
+        sampler_logprobs=rollout.logprobs,
+        old_logprobs=rollout.logprobs if old_logprobs is None else old_logprobs,
+    )
+    if reference_logprobs is not None:
+        per_token["reference_logprobs"] = reference_logprobs
     buckets = []
-    for edge, members in sorted(by_edge.items()):
-        rows = bucket_rows(edge, tokens_per_microbatch)
-        for start in range(0, len(members), rows):
-            chosen = np.asarray(members[start : start + rows])
-            buckets.append(_pad(rollout, chosen, (rows, edge), advantages, weights, old_logprobs))
+    for batch in layout:
+        members = [[int(indices[i]) for i in row] for row in batch.members]
+        batch = dataclasses.replace(batch, members=members)
+        arrays: dict[str, Any] = _fill(rollout.lengths, batch, per_token)
+        buckets.append(Bucket(**arrays, **per_response))
     return buckets
 
 
@@ -54,28 +166,27 @@ def make_minibatches(
     *,
     advantages: np.ndarray,
     weights: np.ndarray,
-    edges: tuple[int, ...],
-    tokens_per_microbatch: int,
+    auxiliary_weights: np.ndarray,
+    **options: Any,
 ) -> list[list[Bucket]]:
     """The micro-batches of each optimizer update, in order.
 
     The weights of a mini-batch are multiplied by B / B_mb, so that its loss estimates that of the
-    whole batch (the scaling that objective/aggregation.py states). `old_logprobs` are the
-    sampler's.
+    whole batch (the scaling that objective/aggregation.py states). `options` are those of
+    `make_buckets`.
     """
-    count = len(minibatch_ids)
     minibatches = []
     for number in np.unique(minibatch_ids):
         indices = np.flatnonzero(minibatch_ids == number)
+        factor = np.float32(len(minibatch_ids) / len(indices))
         minibatches.append(
             make_buckets(
                 rollout,
                 indices,
                 advantages=advantages,
-                weights=weights * np.float32(count / len(indices)),
-                old_logprobs=rollout.logprobs,
-                edges=edges,
-                tokens_per_microbatch=tokens_per_microbatch,
+                weights=weights * factor,
+                auxiliary_weights=auxiliary_weights * factor,
+                **options,
             )
         )
     return minibatches
@@ -88,37 +199,47 @@ def padding_fraction(buckets: list[Bucket]) -> float:
     return 1.0 - real / max(computed, 1)
 
 
-def _pad(
-    rollout: Rollout,
-    chosen: np.ndarray,
-    shape: tuple[int, int],
-    advantages: np.ndarray,
-    weights: np.ndarray,
-    old_logprobs: np.ndarray,
-) -> Bucket:
-    rows, width = shape
+def _edge(length: int, edges: tuple[int, ...]) -> int:
+    at = bisect.bisect_left(edges, length)
+    if at == len(edges):
+        raise ValueError(f"a row of {length} tokens fits no bucket of {edges}")
+    return edges[at]
 
-    def fit(values: np.ndarray) -> np.ndarray:
-        values = np.asarray(values)
-        out = np.zeros((rows, *values.shape[1:]), values.dtype)
-        out[: len(chosen)] = values[chosen]
-        if values.ndim == 1:
-            return out
-        if values.shape[1] < width:
-            return np.pad(out, ((0, 0), (0, width - values.shape[1])))
-        return out[:, :width]
 
-    at = np.arange(width, dtype=np.int32)[None, :]
-    real = at < fit(rollout.lengths)[:, None]
-    rows_of = np.arange(rows, dtype=np.int32)[:, None]
-    arrays = dict(
-        tokens=np.where(real, fit(rollout.tokens), 0).astype(np.int32),
-        positions=np.broadcast_to(at, shape),
-        segment_ids=np.where(real, rows_of, rows).astype(np.int32),
-        loss_mask=fit(rollout.loss_mask) & real,
-        sampler_logprobs=fit(rollout.logprobs),
-        old_logprobs=fit(old_logprobs),
-        advantages=fit(advantages),
-        weights=fit(weights),
-    )
-    return Bucket(**{name: jnp.asarray(array) for name, array in arrays.items()})
+def _pack(lengths: np.ndarray, order: list[int], width: int, narrow: int) -> list[list[int]]:
+    """Best-fit decreasing: rows of responses, of at most `narrow` tokens or, if they begin with a
+    longer response, `width`."""
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    for index in order:
+        need = int(lengths[index])
+        at = bisect.bisect_left(room, (need, -1))
+        if at == len(room):
+            free, row = width if need > narrow else narrow, len(rows)
+            rows.append([])
+        else:
+            free, row = room.pop(at)
+        rows[row].append(index)
+        bisect.insort(room, (free - need, row))
+    return rows
+
+
+def _fill(
+    lengths: np.ndarray, batch: MicroBatch, per_token: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The arrays of one micro-batch; padding belongs to segment B, which does not exist."""
+    shape = (batch.rows, batch.width)
+    arrays = {name: np.zeros(shape, values.dtype) for name, values in per_token.items()}
+    arrays["positions"] = np.zeros(shape, np.int32)
+    arrays["segment_ids"] = np.full(shape, len(lengths), np.int32)
+    for row, members in enumerate(batch.members):
+        start = 0
+        for index in members:
+            length = int(lengths[index])
+            there = (row, slice(start, start + length))
+            for name, values in per_token.items():
+                arrays[name][there] = values[index, :length]
+            arrays["positions"][there] = np.arange(length)
+            arrays["segment_ids"][there] = index
+            start += length
+    return arrays

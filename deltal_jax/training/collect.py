@@ -1,20 +1,14 @@
-"""One rollout batch: sample, grade, and turn rewards and lengths into advantages and weights."""
+"""One rollout batch: sample and grade."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from deltal_jax.config import Config, ObjectiveConfig
 from deltal_jax.data.prompts import encode_prompts, training_problems
-from deltal_jax.objective.advantages import ADVANTAGES
-from deltal_jax.objective.aggregation import AGGREGATIONS
-from deltal_jax.objective.diagnostics import aggregation_diagnostics
 from deltal_jax.rollout.engine import Engine
 from deltal_jax.tasks.base import Problem
 from deltal_jax.tasks.grading import Grades, Reward, grade
@@ -30,8 +24,6 @@ class Collected:
     rollout: Rollout
     responses: list[str]
     grades: Grades
-    advantages: np.ndarray
-    weights: np.ndarray
     metrics: dict[str, float]
 
 
@@ -59,28 +51,14 @@ def collect(
     per_response = [problems[group] for group in rollout.group_ids]
     grades = grade(setup.task, per_response, responses, rewards)
     graded = time.perf_counter()
-    lengths = rollout.response_lengths
-    advantages, weights, diagnostics = _advantages_and_weights(
-        grades.rewards,
-        lengths,
-        rollout.group_ids,
-        minibatch_ids(config, rollout),
-        objective=config.objective,
-        normalizer=normalizer(config),
-    )
     metrics = {
         **reward_metrics(grades, np.asarray(rollout.group_ids)),
-        **length_metrics(lengths, rollout.truncated, grades.correct),
-        **{f"aggregation/{name}": float(value) for name, value in diagnostics.items()},
-        "advantage/mean": float(np.mean(advantages)),
-        "advantage/min": float(np.min(advantages)),
-        "advantage/max": float(np.max(advantages)),
+        **length_metrics(rollout.response_lengths, rollout.truncated, grades.correct),
         "rollout/utilization": stats.utilization,
         "time/rollout": sampled - started,
         "time/reward": graded - sampled,
     }
-    arrays = np.asarray(advantages), np.asarray(weights)
-    return Collected(problems, rollout, responses, grades, *arrays, metrics)
+    return Collected(problems, rollout, responses, grades, metrics)
 
 
 def response_texts(setup: Setup, rollout: Rollout) -> list[str]:
@@ -93,44 +71,6 @@ def response_texts(setup: Setup, rollout: Rollout) -> list[str]:
         ids = row[prompt:length].tolist()
         texts.append(setup.tokenizer.decode(ids[:-1] if ids and ids[-1] in eos else ids))
     return texts
-
-
-def normalizer(config: Config) -> float:
-    """The constant M of the aggregation."""
-    given = config.objective.normalizer
-    return float(config.rollout.max_response_length) if given is None else given
-
-
-def minibatch_ids(config: Config, rollout: Rollout) -> np.ndarray:
-    """Which optimizer update each response belongs to: whole prompts, in order."""
-    prompts_each = config.rl.prompts_per_step // config.rl.updates_per_rollout
-    return (np.asarray(rollout.group_ids) // prompts_each).astype(np.int32)
-
-
-@functools.partial(jax.jit, static_argnames=("objective", "normalizer"))
-def _advantages_and_weights(
-    rewards: jax.Array,
-    lengths: jax.Array,
-    group_ids: jax.Array,
-    minibatches: jax.Array,
-    *,
-    objective: ObjectiveConfig,
-    normalizer: float,
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """The two places where the method enters, side by side. A missing reward leaves both."""
-    known = ~jnp.isnan(rewards)
-    advantages = ADVANTAGES[objective.advantage](rewards, group_ids)
-    options: dict[str, Any] = {}
-    if objective.aggregation == "delta_l":
-        options["alpha"] = objective.alpha
-    if objective.aggregation in ("delta_l", "constant_length"):
-        options["normalizer"] = normalizer
-    scope_ids = {"batch": None, "minibatch": minibatches, "group": group_ids}[objective.scope]
-    weights = AGGREGATIONS[objective.aggregation](
-        lengths, where=known, scope_ids=scope_ids, **options
-    )
-    diagnostics = aggregation_diagnostics(weights, lengths, advantages, normalizer=normalizer)
-    return advantages, weights, diagnostics
 
 
 def reward_metrics(grades: Grades, group_ids: np.ndarray) -> dict[str, float]:

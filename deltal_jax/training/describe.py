@@ -1,51 +1,146 @@
 """A config in words and numbers, before anything runs: formula, batch arithmetic, memory."""
 
-from deltal_jax.config import Config
+from deltal_jax.config import Advantage, Aggregation, Config, Correction
 from deltal_jax.model.cache import cache_bytes
 from deltal_jax.model.transformer import Architecture, parameter_count
+from deltal_jax.objective.logprobs import chunk_size
 from deltal_jax.training.buckets import bucket_rows
-from deltal_jax.training.collect import normalizer
+from deltal_jax.training.objective import normalizer, surrogate_options
 
 FLOAT_BYTES = 4
 
 
 def formula(config: Config) -> str:
     """The effective loss: method, scope, divisor, and what counts."""
-    o, rl = config.objective, config.rl
-    scope, among = {
-        "batch": ("the rollout batch", "j in batch"),
-        "minibatch": ("each mini-batch, averaged over them", "j in mini-batch"),
-        "group": ("each prompt's group, averaged over them", "j in group"),
-    }[o.scope]
-    inverse_m = f"(1/{normalizer(config):g})"
-    number = f"B_{o.scope}"
-    weight = {
-        "delta_l": f"{inverse_m} · L_i^-{o.alpha:g} / Σ_({among}) L_j^-{o.alpha:g}",
-        "constant_length": f"{inverse_m} / {number}",
-        "sequence_mean": f"1 / ({number} · L_i)",
-        "token_mean": f"1 / Σ_({among}) L_j",
-    }[o.aggregation]
-    dual = f", dual clip {o.dual_clip:g}" if o.dual_clip is not None else ""
-    token = {
-        "clipped": f"max(-A·r, -A·clip(r, {1 - o.clip_low:g}, {1 + o.clip_high:g})){dual}, "
-        f"r = π/π_old, π_old from the {'sampler' if o.old_logprobs == 'sampler' else 'trainer'}",
-        "reinforce": "-A · log π",
-    }[o.surrogate]
-    advantage = {
-        "group_standardize": "(r_i - mean_group) / (std_group + 1e-6), n-1 standard deviation",
-        "group_center": "r_i - mean_group",
-    }[o.advantage]
-    factor = f"{rl.updates_per_rollout} · " if rl.updates_per_rollout > 1 else ""
-    return "\n".join(
-        (
-            f"loss = {factor}Σ_i w_i Σ_t ℓ_it      {o.aggregation}, normalised over {scope}",
-            f"w_i  = {weight}",
-            f"ℓ_it = {token}",
-            f"A_i  = {advantage}",
-            "L_i counts sampled tokens, EOS included; a missing reward leaves numerator and "
-            "denominator",
+    o, updates = config.objective, config.rl.updates_per_rollout
+    corrected = "" if o.importance_correction == "none" else "ρ_it "
+    terms = f"w_i Σ_t {corrected}ℓ_it{_auxiliary_terms(config)}"
+    loss = f"loss = Σ_i ({terms})"
+    if updates > 1:
+        loss = f"loss of each of {updates} updates = {updates} · Σ_(i in its mini-batch) ({terms})"
+    lines = [
+        f"{loss}      {o.aggregation}, normalised over {_scope(config)[0]}",
+        f"w_i  = {_weight(config, o.aggregation)}",
+        f"ℓ_it = {_token_loss(config)}",
+        f"A_i  = {ADVANTAGES[o.advantage]}",
+    ]
+    if corrected:
+        lines.append(
+            f"ρ_it = {CORRECTIONS[o.importance_correction]}, ρ = π_old / π_sampler, "
+            f"C = {o.correction_threshold:g}"
         )
+    methods = {o.aggregation}
+    if o.kl_coefficient or o.entropy_coefficient:
+        methods.add(o.auxiliary_aggregation)
+        lines.append(f"u_i  = {_weight(config, o.auxiliary_aggregation)}")
+    lines.append(f"L_i counts sampled tokens, EOS included; a missing reward {_filtering(config)}")
+    if "local_token_mean" in methods:
+        lines.append(
+            f"warning: local_token_mean follows how responses fall into micro-batches of "
+            f"{o.microbatch_size}; it is for reproduction only"
+        )
+    return "\n".join(lines)
+
+
+#: Each advantage estimator in symbols.
+ADVANTAGES: dict[Advantage, str] = {
+    "group_standardize": "(r_i - mean_group) / (std_group + 1e-6), n-1 standard deviation",
+    "group_center": "r_i - mean_group",
+    "leave_one_out": "r_i - mean of the others in the group",
+    "batch_standardize": "(r_i - mean_batch) / (std_batch + 1e-6), n-1 standard deviation",
+    "length_weighted_baseline": "r_i - Σ_(j in group) L_j r_j / Σ_(j in group) L_j",
+    "max_rl": "(r_i - mean_group) / mean_group",
+}
+#: Each importance correction in symbols.
+CORRECTIONS: dict[Correction, str] = {
+    "none": "1",
+    "token_truncate": "min(ρ, C)",
+    "token_mask": "ρ where 1/C ≤ ρ ≤ C, other tokens are not trained",
+    "sequence_mask": "ρ where 1/C ≤ geometric mean ≤ C, other responses are not trained",
+}
+
+
+def _scope(config: Config) -> tuple[str, str, str, int]:
+    """The scope in words, its members, its number of responses, and how many there are."""
+    rl = config.rl
+    return {
+        "batch": ("the rollout batch", "j in batch", "B_batch", 1),
+        "minibatch": (
+            "each mini-batch, averaged over them",
+            "j in mini-batch",
+            "B_minibatch",
+            rl.updates_per_rollout,
+        ),
+        "group": (
+            "each prompt's group, averaged over them",
+            "j in group",
+            "B_group",
+            rl.prompts_per_step,
+        ),
+    }[config.objective.scope]
+
+
+def _weight(config: Config, aggregation: Aggregation) -> str:
+    o = config.objective
+    _, among, number, scopes = _scope(config)
+    inverse_m = f"(1/{normalizer(config):g})"
+    P = config.rl.prompts_per_step
+    averaged = f"(1/{scopes}) · " if scopes > 1 else ""
+    return (
+        averaged
+        + {
+            "delta_l": f"{inverse_m} · L_i^-{o.alpha:g} / Σ_({among}) L_j^-{o.alpha:g}",
+            "constant_length": f"{inverse_m} / {number}",
+            "sequence_mean": f"1 / ({number} · L_i)",
+            "token_mean": f"1 / Σ_({among}) L_j",
+            "prompt_mean": f"1 / ({P} · Σ_(j in group) L_j)",
+            "token_sum": "1",
+            "sequence_sum": f"1 / {number}",
+            "local_token_mean": f"1 / (K · Σ_(j in micro-batch of {o.microbatch_size}) L_j), "
+            "K micro-batches",
+            "balanced": "(n_s / (n_+ + n_-)) / Σ_(j of sign s) L_j, s = sign(A_i); 0 where A_i = 0",
+            "inverse_variance": f"{inverse_m} · v(L_i)^-1 / Σ_({among}) v(L_j)^-1, "
+            f"v(L) = L + 2 Σ_h max(L - h, 0) ρ_h, ρ = {list(o.rho or ())}",
+        }[aggregation]
     )
+
+
+def _token_loss(config: Config) -> str:
+    o = config.objective
+    set_ = {k: f"{v:g}" for k, v in surrogate_options(o).items() if v is not None}
+    low, high = (float(set_.get(k, 0)) for k in ("clip_low", "clip_high"))
+    dual = f", dual clip {set_['dual_clip']}" if "dual_clip" in set_ else ""
+    ratio = f"π_old from the {'sampler' if o.old_logprobs == 'sampler' else 'trainer'}"
+    clip = f"clip(s, {1 - low:g}, {1 + high:g})"
+    return {
+        "reinforce": "-A · log π",
+        "clipped": f"max(-A·r, -A·clip(r, {1 - low:g}, {1 + high:g})){dual}, r = π/π_old, {ratio}",
+        "gspo": f"max(-A·s, -A·{clip}), s = exp(mean_t log π/π_old), {ratio}",
+        "gspo_token": f"max(-A·s, -A·{clip}), s = sg(exp(mean_t log π/π_old)) · π/sg(π), {ratio}",
+        "cispo": f"-sg(clip(r, {1 - low:g}, {1 + high:g})) · A · log π, r = π/π_old, {ratio}",
+        "gmpo": f"-A · exp(mean_t c), c = log π/π_old, at most {high:g} where A > 0, at least "
+        f"{-low:g} where A < 0, {ratio}",
+        "sapo": f"-A · (4/τ) σ(τ(r - 1)), τ = {set_.get('tau_positive')} where A > 0, else "
+        f"{set_.get('tau_negative')}, r = π/π_old, {ratio}",
+        "dppo": f"-A·r, 0 where |π - π_old| > {set_.get('threshold')} and r moves on, r = π/π_old, "
+        f"{ratio}",
+    }[o.surrogate]
+
+
+def _auxiliary_terms(config: Config) -> str:
+    o = config.objective
+    kl, entropy = o.kl_coefficient, o.entropy_coefficient
+    parts = [f"{kl:g} · {o.kl_estimator}_it"] if kl else []
+    parts += [f"- {entropy:g} · H_it"] if entropy else []
+    return f" + u_i Σ_t ({' '.join(parts)})" if parts else ""
+
+
+def _filtering(config: Config) -> str:
+    """What becomes of responses that are not trained."""
+    o = config.objective
+    who = "and a truncated response" if o.overlong_filter else ""
+    where = "stays in the denominators" if o.count_masked else "leaves the denominators too"
+    return f"{who} has the weight 0 and {where}".strip()
 
 
 def batch_arithmetic(config: Config) -> dict[str, int]:
@@ -76,12 +171,13 @@ def memory_estimate(config: Config, arch: Architecture) -> dict[str, int]:
     time = config.rollout.max_prompt_length + config.rollout.max_response_length
     slots = max(config.rollout.slots, 1)
     cache = cache_bytes(arch.layers, slots, arch.kv_heads, time, arch.head_dim, FLOAT_BYTES)
-    edges, budget = config.length_buckets, config.rl.tokens_per_microbatch
+    edges, budget = config.bucket_edges, config.rl.tokens_per_microbatch
     activations = max(_activations(arch, bucket_rows(edge, budget), edge) for edge in edges)
     parts = {
         "parameters": parameters,
         "optimizer": 2 * parameters,
         "gradients": 2 * parameters,
+        "reference": parameters if config.objective.kl_coefficient else 0,
         "activations": activations * FLOAT_BYTES,
         "kv_cache": cache,
     }
@@ -95,4 +191,5 @@ def _activations(arch: Architecture, rows: int, width: int) -> int:
     per_layer = 6 * arch.d_model + 4 * heads + 4 * arch.kv_heads * arch.head_dim
     per_layer += 4 * arch.d_ff + 2 * arch.heads * width
     layers = per_layer + (arch.layers - 1) * arch.d_model if arch.remat else arch.layers * per_layer
-    return tokens * (layers + 3 * arch.vocab)
+    logits = chunk_size(tokens, arch.vocab) * arch.vocab
+    return tokens * layers + 3 * logits

@@ -20,29 +20,30 @@ from deltal_jax.backend import enable_compile_cache
 from deltal_jax.config import Config, dump_config, load_config
 from deltal_jax.errors import UserError
 from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics
-from deltal_jax.objective.surrogate import reinforce
+from deltal_jax.model.transformer import attention_work
 from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.engine import Engine
 from deltal_jax.tasks.grading import Reward, RewardFunction, as_rewards
 from deltal_jax.training import run_folder
-from deltal_jax.training.buckets import make_minibatches, padding_fraction
+from deltal_jax.training.buckets import make_buckets, make_minibatches, padding_fraction
 from deltal_jax.training.checkpoint import Checkpoints, Position
-from deltal_jax.training.collect import Collected, collect, minibatch_ids
+from deltal_jax.training.collect import Collected, collect
 from deltal_jax.training.describe import formula
 from deltal_jax.training.evaluate import evaluate, write_samples
+from deltal_jax.training.objective import make_loss, minibatch_ids, reject, weigh
 from deltal_jax.training.optimizer import learning_rate, make_optimizer
 from deltal_jax.training.setup import (
     Setup,
     check_setup,
     init_params,
+    make_architecture,
     make_engine,
     make_setup,
-    make_token_loss,
 )
 from deltal_jax.training.sft import demonstration_batches
-from deltal_jax.training.step import NonFiniteLoss, Update
+from deltal_jax.training.step import SUPERVISED, NonFiniteLoss, Update
 from deltal_jax.training.trained import like_saved
-from deltal_jax.types import TrainState
+from deltal_jax.types import Rollout, TrainState
 
 
 class TrainingError(ArithmeticError):
@@ -147,6 +148,7 @@ def train(
     if newest is not None:
         position, tokenizer = checkpoints.read_meta(newest)
     setup = make_setup(config, tokenizer)
+    check_setup(setup)
     writer = MetricsWriter(
         folder, keep_bytes=position.metrics_bytes, tensorboard=config.run.tensorboard
     )
@@ -199,15 +201,12 @@ def _run_phases(run: _Run, newest: int | None, position: Position) -> tuple[int,
     warm_up = Update(
         setup.graphdef,
         make_optimizer(config.sft.optimizer, config.sft.steps),
-        reinforce,
+        SUPERVISED,
     )
-    token_loss, token_meter = make_token_loss(config)
     policy = Update(
         setup.graphdef,
         make_optimizer(config.rl.optimizer, config.rl.updates),
-        token_loss,
-        token_meter=token_meter,
-        temperature=config.rollout.temperature,
+        make_loss(config),
     )
     init_key, run_key = jax.random.split(key)
     if newest is None:
@@ -219,7 +218,8 @@ def _run_phases(run: _Run, newest: int | None, position: Position) -> tuple[int,
     try:
         if position.phase == "sft":
             state = _warm_up(run, warm_up, state, position.step)
-            state = policy.init(state.params, state.key)
+            reference = config.objective.kl_coefficient > 0
+            state = policy.init(state.params, state.key, reference=reference)
             _evaluate(run, evaluator, state, 0)
             run.save(state, "rl", 0)
         if run.stop_requested:
@@ -310,24 +310,32 @@ def update_policy(
     config: Config, update: Update, state: TrainState, batch: Collected
 ) -> tuple[TrainState, dict[str, float]]:
     """All optimizer updates on one rollout batch: epochs × mini-batches."""
-    minibatches = make_minibatches(
-        batch.rollout,
-        minibatch_ids(config, batch.rollout),
-        advantages=batch.advantages,
-        weights=batch.weights,
-        edges=config.length_buckets,
-        tokens_per_microbatch=config.rl.tokens_per_microbatch,
-    )
     clock = time.perf_counter()
+    rollout, old, mismatch = batch.rollout, batch.rollout.logprobs, {}
+    layout = dict(
+        edges=config.bucket_edges,
+        tokens_per_microbatch=config.rl.tokens_per_microbatch,
+        pack=config.rl.pack,
+        attention=attention_work(make_architecture(config, vocab=1)),
+    )
     if config.objective.old_logprobs == "recompute":
-        minibatches = [
-            [
-                dataclasses.replace(b, old_logprobs=np.asarray(update.logprobs(state.params, b)))
-                for b in buckets
-            ]
-            for buckets in minibatches
-        ]
+        old = rollout_logprobs(update, state.params, rollout, **layout)
+        rollout, mismatch = reject(config.objective, rollout, old)
+    reference = None
+    if state.reference is not None:
+        reference = rollout_logprobs(update, state.reference, rollout, **layout)
     recomputed = time.perf_counter()
+    weighted = weigh(config, rollout, batch.grades.rewards)
+    minibatches = make_minibatches(
+        rollout,
+        minibatch_ids(config, rollout),
+        advantages=weighted.advantages,
+        weights=weighted.weights,
+        auxiliary_weights=weighted.auxiliary_weights,
+        old_logprobs=old,
+        reference_logprobs=reference,
+        **layout,
+    )
     schedule = learning_rate(config.rl.optimizer, config.rl.updates)
     rate = float(np.asarray(schedule(int(state.updates))))
     reports = []
@@ -341,13 +349,28 @@ def update_policy(
     norms = {k: float(np.mean([r.norms[k] for r in reports])) for k in reports[0].norms}
     return state, {
         "policy/loss": float(np.mean([r.loss for r in reports])),
+        **weighted.metrics,
         **meters.values(),
+        **mismatch,
         **norms,
         "optim/lr": rate,
         "throughput/padding_frac": padding_fraction([b for bs in minibatches for b in bs]),
         "time/old_logprob": recomputed - clock,
         "time/update": time.perf_counter() - recomputed,
     }
+
+
+def rollout_logprobs(update: Update, params: Any, rollout: Rollout, **layout: Any) -> np.ndarray:
+    """log π of every trained token of a rollout under `params`, Float[B T]; 0 elsewhere."""
+    found = np.zeros_like(rollout.logprobs)
+    everything = np.arange(len(rollout.lengths))
+    ones = np.ones(len(everything), np.float32)
+    for bucket in make_buckets(rollout, everything, advantages=ones, weights=ones, **layout):
+        mask = np.asarray(bucket.loss_mask)
+        columns = np.asarray(bucket.positions)[mask]
+        values = np.asarray(update.logprobs(params, update.place(bucket)))
+        found[np.asarray(bucket.segment_ids)[mask], columns] = values[mask]
+    return found
 
 
 def _evaluate(run: _Run, engine: Engine, state: TrainState, step: int) -> float:

@@ -23,6 +23,7 @@ CHANGEABLE = (
     "run.",
     "rl.steps",
     "rl.tokens_per_microbatch",
+    "rl.pack",
     "sft.log_every",
     "rollout.slots",
     "evaluate.",

@@ -1,7 +1,6 @@
-"""From a config to the parts of a run: task, tokenizer, model definition, engines, token loss."""
+"""From a config to the parts of a run: task, tokenizer, model definition, engines."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +11,10 @@ from deltal_jax.config import Config, TaskConfig
 from deltal_jax.data.prompts import encode_prompts
 from deltal_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_word_tokenizer
 from deltal_jax.model.transformer import Architecture, init_model, split_model
-from deltal_jax.objective.surrogate import SURROGATES, ratio_diagnostics
 from deltal_jax.rollout.engine import Engine, SamplingOptions
 from deltal_jax.tasks.base import Task
 from deltal_jax.tasks.countdown import CountDown
-from deltal_jax.training.step import TokenLoss, TokenMeter
+from deltal_jax.training.objective import make_loss
 
 
 def _countdown(task: TaskConfig) -> Task:
@@ -51,8 +49,10 @@ def make_setup(config: Config, tokenizer_model: bytes | None = None) -> Setup:
 
 
 def check_setup(setup: Setup) -> None:
-    """Raises UserError for what only the task can tell: no held-out problem, too long a prompt."""
+    """Raises UserError for what only the parts can tell: no held-out problem, too long a prompt, an
+    option that the surrogate does not take."""
     config = setup.config
+    make_loss(config)
     problems = [*setup.task.held_out(config.evaluate.problems), setup.task.problem(config.seed, 0)]
     encode_prompts(problems, setup.tokenizer, config.rollout.max_prompt_length)
 
@@ -85,17 +85,3 @@ def make_engine(setup: Setup, *, temperature: float, slots: int | None = None) -
         temperature=temperature,
     )
     return Engine(setup.graphdef, options)
-
-
-def make_token_loss(config: Config) -> tuple[TokenLoss, TokenMeter | None]:
-    """The surrogate of a config with its options bound, and its per-token meters."""
-    objective = config.objective
-    surrogate = SURROGATES[objective.surrogate]
-    if objective.surrogate == "reinforce":
-        return surrogate, None
-    clips = {
-        "clip_low": objective.clip_low,
-        "clip_high": objective.clip_high,
-        "dual_clip": objective.dual_clip,
-    }
-    return functools.partial(surrogate, **clips), functools.partial(ratio_diagnostics, **clips)

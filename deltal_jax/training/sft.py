@@ -24,7 +24,7 @@ def demonstration_batches(config: Config, task: Task, tokenizer: Tokenizer) -> I
     Demonstrations wait in one list for each bucket until they fill a batch; its loss is the mean
     over its response tokens. Rows longer than the last bucket are left out.
     """
-    edges, budget = config.length_buckets, config.sft.tokens_per_batch
+    edges, budget = config.bucket_edges, config.sft.tokens_per_batch
     waiting: dict[int, list[Row]] = {edge: [] for edge in edges}
     skipped = 0
     for prompt, response in task.demonstrations(config.seed):
@@ -71,7 +71,6 @@ def _batch(rows: list[Row], edge: int, budget: int) -> Bucket:
         everything,
         advantages=np.ones(len(rows), np.float32),
         weights=np.full(len(rows), 1.0 / mask.sum(), np.float32),
-        old_logprobs=zeros,
         edges=(edge,),
         tokens_per_microbatch=budget,
     )

@@ -1,7 +1,8 @@
 """The update: add the gradients of all micro-batches, then take one optimizer step.
 
 Pure functions of the parameters; jit-compiled once per bucket shape, accumulators donated. Weights
-were fixed for the whole rollout batch before (objective/aggregation.py), so nothing here divides.
+were fixed for the whole rollout batch before (objective/aggregation.py), so nothing here divides,
+and on a mesh the devices only add: rows are split over its data and fsdp axes.
 """
 
 import dataclasses
@@ -13,16 +14,42 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from deltal_jax.objective.aggregation import policy_gradient_loss
-from deltal_jax.objective.logprobs import token_logprobs
+from deltal_jax.objective.divergence import kl_k3
+from deltal_jax.objective.logprobs import chunked_logprobs
+from deltal_jax.objective.surrogate import reinforce
+from deltal_jax.parallel.sharding import row_shards, shard_bucket, state_shardings
 from deltal_jax.types import Bucket, TrainState
 
-#: Per-token losses from (logprobs, old_logprobs, advantages).
-TokenLoss = Callable[[Array, Array, Array], Array]
+#: Per-token losses from (logprobs, advantages of the tokens' responses, bucket).
+TokenLoss = Callable[[Array, Array, Bucket], Array]
 #: Per-token indicators from the same arguments, for metrics.
-TokenMeter = Callable[[Array, Array, Array], dict[str, Array]]
+TokenMeter = Callable[[Array, Array, Bucket], dict[str, Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossTerms:
+    """What is minimised: Σ w_i Σ ℓ_it + Σ u_i Σ (kl_coefficient · KL_it − entropy_coefficient ·
+    H_it), of the policy at `temperature`."""
+
+    token_loss: TokenLoss
+    token_meter: TokenMeter | None = None
+    #: Estimator of the KL to the reference model; None: no such term.
+    divergence: Callable[[Array, Array], Array] | None = None
+    kl_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
+    temperature: float = 1.0
+
+
+def _negative_logprob(logprobs: Array, advantages: Array, bucket: Bucket) -> Array:
+    return reinforce(logprobs, bucket.old_logprobs, advantages)
+
+
+#: Supervised learning: −log π of every token, where the advantages are 1.
+SUPERVISED = LossTerms(_negative_logprob)
 
 
 @jax.tree_util.register_dataclass
@@ -78,21 +105,20 @@ class Update:
         self,
         graphdef: nnx.GraphDef,
         optimizer: optax.GradientTransformation,
-        token_loss: TokenLoss,
+        terms: LossTerms,
         *,
-        token_meter: TokenMeter | None = None,
-        temperature: float = 1.0,
+        mesh: Mesh | None = None,
     ):
         self.optimizer = optimizer
-
-        def bucket_loss(params: Any, bucket: Bucket) -> tuple[Array, Meters]:
-            return microbatch_loss(
-                graphdef, params, bucket, token_loss, token_meter, temperature=temperature
-            )
+        self.mesh = mesh
+        shards = 1 if mesh is None else row_shards(mesh)
 
         def gradient(params: Any, bucket: Bucket) -> Gradient:
-            (loss, meters), grads = jax.value_and_grad(bucket_loss, has_aux=True)(params, bucket)
-            return Gradient(grads, loss, meters)
+            def loss(params: Any) -> tuple[Array, Meters]:
+                return microbatch_loss(graphdef, params, bucket, terms, shards)
+
+            (value, meters), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            return Gradient(self._pin(grads), value, meters)
 
         def add(params: Any, running: Gradient, bucket: Bucket) -> Gradient:
             new = gradient(params, bucket)
@@ -107,30 +133,45 @@ class Update:
             state, norms = self._apply(state, new)
             return state, {"loss": new.loss, **norms}
 
+        def zero(params: Any, bucket: Bucket) -> Gradient:
+            shapes = jax.eval_shape(gradient, params, bucket)
+            empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            return dataclasses.replace(empty, grads=self._pin(empty.grads))
+
         self.gradient = gradient
         self.add = jax.jit(add, donate_argnums=1)
+        #: log π of each token of a bucket, Float[N T], at the temperature of the terms.
         self.logprobs = jax.jit(
-            lambda params, bucket: bucket_logprobs(graphdef, params, bucket, temperature)[0]
+            lambda params, bucket: bucket_logprobs(graphdef, params, bucket, terms, shards)[0]
         )
-        self._zero = jax.jit(
-            lambda params, bucket: jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, bucket)
-            )
-        )
+        self._zero = jax.jit(zero)
         self.apply = jax.jit(self._apply, donate_argnums=0)
         #: One micro-batch and its optimizer step in one program; the metrics stay on the device.
         self.single = jax.jit(single, donate_argnums=0)
 
-    def init(self, params: Any, key: Array) -> TrainState:
-        """A fresh state at update 0."""
-        opt_state = jax.jit(self.optimizer.init)(params)
-        return TrainState(params, opt_state, jnp.zeros((), jnp.int32), key)
+    def init(self, params: Any, key: Array, *, reference: bool = False) -> TrainState:
+        """A fresh state at update 0, laid out over the mesh if there is one. `reference` keeps the
+        parameters as those of the reference model."""
+
+        def init(params: Any) -> TrainState:
+            kept = jax.tree.map(jnp.copy, params) if reference else None
+            opt_state = self.optimizer.init(params)
+            return TrainState(params, opt_state, jnp.zeros((), jnp.int32), key, kept)
+
+        if self.mesh is None:
+            return jax.jit(init)(params)
+        shardings = state_shardings(self.mesh, jax.eval_shape(init, params))
+        return jax.jit(init, out_shardings=shardings)(params)
+
+    def place(self, bucket: Bucket) -> Bucket:
+        """The bucket on the device, or on those of the mesh, its rows split over them."""
+        return jax.device_put(bucket) if self.mesh is None else shard_bucket(self.mesh, bucket)
 
     def accumulate(self, params: Any, buckets: Sequence[Bucket]) -> Gradient:
         """The gradient of the sum of the losses of all micro-batches."""
-        running = self._zero(params, buckets[0])
+        running = self._zero(params, self.place(buckets[0]))
         for bucket in buckets:
-            running = self.add(params, running, bucket)
+            running = self.add(params, running, self.place(bucket))
         return running
 
     def __call__(
@@ -163,6 +204,12 @@ class Update:
             state, params=keep[0], opt_state=keep[1], updates=state.updates + 1
         ), norms
 
+    def _pin(self, grads: Any) -> Any:
+        """Gradients laid out as their parameters are."""
+        if self.mesh is None:
+            return grads
+        return jax.lax.with_sharding_constraint(grads, state_shardings(self.mesh, grads))
+
     def _blame(self, params: Any, buckets: Sequence[Bucket], loss: float) -> str:
         for number, bucket in enumerate(buckets):
             value = float(self.accumulate(params, [bucket]).loss)
@@ -173,39 +220,51 @@ class Update:
 
 
 def bucket_logprobs(
-    graphdef: nnx.GraphDef, params: Any, bucket: Bucket, temperature: float
+    graphdef: nnx.GraphDef, params: Any, bucket: Bucket, terms: LossTerms, shards: int = 1
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
-    """Log-probability of each token given those before it, and the entropy there; 0 at column 0."""
+    """Log-probability of each trained token given those before it, and the entropy there; 0 for
+    the others, whose logits are not computed."""
     model = nnx.merge(graphdef, params)
     hidden = model.hidden(bucket.tokens, bucket.positions, bucket.segment_ids)
-    logits = model.logits(hidden[:, :-1])
-    shifted = token_logprobs(logits, bucket.tokens[:, 1:], temperature=temperature)
-    logprobs, entropy = (jnp.pad(x, ((0, 0), (1, 0))) for x in shifted)
+    # Column t predicts the token of column t + 1, if that is one of the same response.
+    inside = bucket.segment_ids == jnp.roll(bucket.segment_ids, -1, axis=1)
+    wanted = (jnp.roll(bucket.loss_mask, -1, axis=1) & inside).at[:, -1].set(False)
+    head, parameters = model.head_function()
+    found = chunked_logprobs(
+        head,
+        parameters,
+        hidden,
+        jnp.roll(bucket.tokens, -1, axis=1),
+        wanted,
+        temperature=terms.temperature,
+        entropy_gradient=terms.entropy_coefficient != 0,
+        shards=shards,
+    )
+    logprobs, entropy = (jnp.roll(x, 1, axis=1) for x in found)
     return logprobs, entropy
 
 
 def microbatch_loss(
-    graphdef: nnx.GraphDef,
-    params: Any,
-    bucket: Bucket,
-    token_loss: TokenLoss,
-    token_meter: TokenMeter | None,
-    *,
-    temperature: float,
+    graphdef: nnx.GraphDef, params: Any, bucket: Bucket, terms: LossTerms, shards: int = 1
 ) -> tuple[Float[Array, ""], Meters]:
-    """Σ_i w_i Σ_t ℓ_it over the responses of one bucket, and its metrics."""
-    logprobs, entropy = bucket_logprobs(graphdef, params, bucket, temperature)
-    of_response = jnp.pad(bucket.advantages, (0, 1))[bucket.segment_ids]
-    arguments = (logprobs, bucket.old_logprobs, of_response)
-    loss, sums = policy_gradient_loss(
-        token_loss(*arguments), bucket.weights, bucket.segment_ids, bucket.loss_mask
-    )
-    mask = bucket.loss_mask
+    """The terms summed over the responses of one bucket, and its metrics."""
+    logprobs, entropy = bucket_logprobs(graphdef, params, bucket, terms, shards)
+    advantages = jnp.pad(bucket.advantages, (0, 1))[bucket.segment_ids]
+    ids, mask = bucket.segment_ids, bucket.loss_mask
+    arguments = (logprobs, advantages, bucket)
+    loss, sums = policy_gradient_loss(terms.token_loss(*arguments), bucket.weights, ids, mask)
     count = jnp.sum(mask, dtype=loss.dtype)
 
     def total(values: Array) -> tuple[Array, Array]:
         return jnp.sum(jnp.where(mask, values, 0.0)), count
 
+    if terms.entropy_coefficient:
+        loss -= terms.entropy_coefficient * _auxiliary(entropy, bucket)
+    if terms.divergence is not None:
+        assert bucket.reference_logprobs is not None
+        divergence = terms.divergence(logprobs, bucket.reference_logprobs)
+        loss += terms.kl_coefficient * _auxiliary(divergence, bucket)
+        sums |= {"policy/kl": total(kl_k3(logprobs, bucket.reference_logprobs))}
     drift = jnp.where(mask, logprobs - bucket.sampler_logprobs, 0.0)
     sums = sums | {
         "policy/entropy": total(entropy),
@@ -213,9 +272,16 @@ def microbatch_loss(
         "mismatch/kl": total(jnp.exp(drift) - 1.0 - drift),
     }
     maxima = {"mismatch/logprob_diff_max": jnp.max(jnp.abs(drift))}
-    if token_meter is not None:
-        meters = token_meter(*arguments)
+    if terms.token_meter is not None:
+        meters = terms.token_meter(*arguments)
         ratio = meters.pop("ratio")
         sums |= {f"policy/{name}": total(values) for name, values in meters.items()}
         maxima["policy/ratio_max"] = jnp.max(jnp.where(mask, ratio, 0.0))
     return loss, jax.lax.stop_gradient(Meters(sums, maxima))
+
+
+def _auxiliary(values: Array, bucket: Bucket) -> Float[Array, ""]:
+    """Σ_i u_i Σ_t of a term that has its own aggregation."""
+    return policy_gradient_loss(
+        values, bucket.auxiliary_weights, bucket.segment_ids, bucket.loss_mask
+    )[0]

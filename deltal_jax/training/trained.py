@@ -55,6 +55,8 @@ def like_saved(setup: Setup, phase: str) -> TrainState:
     def init() -> TrainState:
         key = jax.random.key(config.seed, impl="threefry2x32")
         params = init_params(setup, key)
-        return TrainState(params, optimizer.init(params), jax.numpy.zeros((), "int32"), key)
+        reference = params if phase == "rl" and config.objective.kl_coefficient else None
+        updates = jax.numpy.zeros((), "int32")
+        return TrainState(params, optimizer.init(params), updates, key, reference)
 
     return abstract_state(init)

@@ -1,0 +1,57 @@
+"""Measure this installation: ratios against a peer, or against the machine's own limit."""
+
+import argparse
+import json
+from typing import Any
+
+from deltal_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument(
+        "subject",
+        choices=("objective", "update"),
+        help="objective: weights and aggregation; update: one policy update of a fixed load",
+    )
+    parser.add_argument(
+        "--peer",
+        metavar="PYTHON",
+        help="update: the Python of an environment with google-tunix, to be run in turn with ours",
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="repetitions; medians are printed")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure; the exit code."""
+    if arguments.rounds < 3:
+        raise UserError(f"--rounds: a median needs at least 3, got {arguments.rounds}")
+    if arguments.peer and arguments.subject != "update":
+        raise UserError("--peer: only `deltal bench update` has a peer")
+
+    import jax
+
+    if arguments.subject == "objective":
+        from deltal_jax.bench.objective import benchmark_objective
+
+        figures = benchmark_objective(arguments.rounds)
+    else:
+        from deltal_jax.bench.update import benchmark_update, head_memory
+
+        figures = benchmark_update(arguments.rounds, arguments.peer)
+        figures["memory at 3B, 8,192 tokens"] = head_memory()
+    figures["jax"] = {"version": jax.__version__, "backend": jax.default_backend()}
+    print(json.dumps(figures) if arguments.json else _table(figures))
+    return 0
+
+
+def _table(figures: dict[str, Any], prefix: str = "") -> str:
+    lines = []
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            lines += ["", f"{prefix}{name}", _table(value, prefix + "  ")]
+        else:
+            shown = f"{value:>14.4g}" if isinstance(value, float) else f"{value:>14}"
+            lines.append(f"{prefix + name:44}{shown}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Devices: the mesh, and where every array lives on it."""

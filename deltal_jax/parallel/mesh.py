@@ -1,0 +1,91 @@
+"""The device mesh and the start of several processes.
+
+The mesh has three axes. Rows of tokens are split over "data" and "fsdp"; parameters over "fsdp"
+(their wide dimensions, gathered when used) and "tensor" (heads, feed-forward, vocabulary). "data"
+holds whole copies of what the other two split.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from deltal_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+#: Numbers of processes, as launchers that jax knows set them.
+LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of `devices` (None: all of all processes) with the axes data, fsdp and tensor.
+
+    At most one size may be -1: the rest of the devices. Axis types are Auto: the compiler decides
+    what happens between the shardings that are given, as jit over a named mesh is meant here;
+    `jax.make_mesh` by itself now makes explicit axes. Raises UserError (a ValueError) where the
+    sizes don't multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = (data, fsdp, tensor)
+    said = f"data={data}, fsdp={fsdp}, tensor={tensor}"
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh: sizes are 1 or more and at most one is -1 (the rest), got {said}")
+    known = int(np.prod([size for size in sizes if size != -1]))
+    rest = len(devices) // known
+    if known * (rest if -1 in sizes else 1) != len(devices):
+        raise UserError(f"mesh: {said} does not multiply to the {len(devices)} devices")
+    shape = tuple(rest if size == -1 else size for size in sizes)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def start_distributed(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    heartbeat_timeout: int = 100,
+) -> None:
+    """Join the processes of a run into one; call it in each of them before anything else of JAX.
+
+    `coordinator` is host:port of process 0, `processes` how many there are, `process_id` which of
+    them this is. What is None is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, and then from what jax detects: on TPU pods, SLURM and Open MPI nothing need be
+    set. Where nothing is set and nothing detected this is a single process: does nothing. A second
+    call does nothing either.
+
+    `heartbeat_timeout`, in seconds: a process that dies inside a collective takes the others down
+    at once; one that dies (or whose host hangs) outside of any is missed after this time, and then
+    the others abort and can be restarted from a checkpoint.
+
+    Raises ValueError where some values are set and others are missing, RuntimeError where several
+    processes are meant and JAX already runs in this one.
+    """
+    if jax.distributed.is_initialized():
+        return
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    processes = processes if processes is not None else _integer("JAX_NUM_PROCESSES")
+    process_id = process_id if process_id is not None else _integer("JAX_PROCESS_ID")
+    alone = (coordinator, processes, process_id) == (None, None, None)
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process_id, heartbeat_timeout_seconds=heartbeat_timeout
+        )
+    except ValueError as error:
+        # What jax says where it detects no cluster; it has no way to ask beforehand.
+        if not (alone and "coordinator_address should be defined" in str(error)):
+            raise
+    except RuntimeError:
+        # A backend runs already, so jax refuses before it looks for a cluster: that is harmless
+        # only where there is none. A TPU backend knows its pod by itself.
+        launched = any((_integer(name) or 1) > 1 for name in LAUNCHED)
+        if not alone or launched or jax.process_count() > 1:
+            raise
+
+
+def _integer(name: str) -> int | None:
+    return int(os.environ[name]) if os.environ.get(name) else None

@@ -1,0 +1,151 @@
+"""Several processes on this machine under jax.distributed: the real path of a pod, over Gloo.
+
+    results = run_processes("tests.test_devices:losses", count=2, devices_each=2, seed=3)
+
+starts `count` Python processes with `devices_each` virtual CPU devices each, joins them, calls
+`losses(seed=3)` in each, and returns what each returned, by process: a dict from names to arrays
+or numbers. The target must be importable without pytest.
+"""
+
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_processes(
+    target: str,
+    count: int = 2,
+    devices_each: int = 1,
+    timeout: float = 120.0,
+    join_by: Literal["arguments", "environment"] = "arguments",
+    **arguments: Any,
+) -> list[dict[str, np.ndarray]]:
+    """The result of `target(**arguments)` ("module:function") in each of `count` processes.
+
+    `join_by` says how `start_distributed` learns of the others. `arguments` travel as JSON,
+    results as npz. Raises AssertionError with the stderr of the first process that fails, or of
+    those that are not done after `timeout` seconds; no process outlives the call.
+    """
+    with tempfile.TemporaryDirectory() as name, socket.socket() as port:
+        # Bound until the end and never listening: nobody else is given the port, and the
+        # coordinator, whose sockets set the same option, may still bind and listen to it.
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        port.bind(("localhost", 0))
+        folder = Path(name)
+        job = {
+            "target": target,
+            "arguments": arguments,
+            "coordinator": f"localhost:{port.getsockname()[1]}",
+            "processes": count,
+            "join_by": join_by,
+        }
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        children = [_start(folder, i, devices_each) for i in range(count)]
+        try:
+            failed, how = _wait(folder, children, timeout)
+        finally:
+            for child in children:
+                child.kill()
+                child.communicate()
+        if failed:
+            errors = [(folder / f"{i}.stderr").read_text(errors="replace") for i in failed]
+            shown = "\n".join(
+                f"process {i} of {target} {how}:\n{error[-4000:]}"
+                for i, error in zip(failed, errors, strict=True)
+            )
+            raise AssertionError(shown)
+        return [_load(folder / f"{i}.npz") for i in range(count)]
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return dict(file)
+
+
+def _start(folder: Path, process_id: int, devices: int) -> subprocess.Popen:
+    # The flags of conftest.py, but for the number of devices: this process's are not inherited.
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
+        " --xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+    }
+    with (folder / f"{process_id}.stderr").open("wb") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.processes", str(folder), str(process_id)],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=stderr,
+            stderr=stderr,
+        )
+
+
+def _wait(folder: Path, children: list[subprocess.Popen], timeout: float) -> tuple[list[int], str]:
+    """The processes to blame, those that failed first or were too slow, and which it was.
+
+    Done is who has left a result, not who has exited: processes that stay until all are done can't
+    take each other down as they leave.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        codes = [child.poll() for child in children]
+        failed = [i for i, code in enumerate(codes) if code is not None]
+        running = [i for i in range(len(codes)) if not (folder / f"{i}.npz").exists()]
+        if failed or not running:
+            return failed, f"failed with status {[codes[i] for i in failed]}"
+        if time.monotonic() > deadline:
+            return running, f"was still running after {timeout} s"
+        time.sleep(0.02)
+
+
+def _die_with_parent() -> None:
+    """Exit when the pipe from the parent closes, however the parent ended."""
+    os.read(0, 1)
+    os._exit(1)
+
+
+def _main(folder: Path, process_id: int) -> None:
+    from deltal_jax.backend import enable_compile_cache
+    from deltal_jax.parallel.mesh import start_distributed
+
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    enable_compile_cache()
+    if job["join_by"] == "arguments":
+        start_distributed(job["coordinator"], job["processes"], process_id)
+    else:
+        os.environ["JAX_COORDINATOR_ADDRESS"] = job["coordinator"]
+        os.environ["JAX_NUM_PROCESSES"] = str(job["processes"])
+        os.environ["JAX_PROCESS_ID"] = str(process_id)
+        start_distributed()
+    module, function = job["target"].split(":")
+    result = getattr(importlib.import_module(module), function)(**job["arguments"])
+    arrays = {name: np.asarray(value) for name, value in result.items()}
+    np.savez(folder / f"{process_id}.part.npz", **arrays)
+    (folder / f"{process_id}.part.npz").rename(folder / f"{process_id}.npz")
+
+
+if __name__ == "__main__":
+    watch = threading.Thread(target=_die_with_parent)
+    watch.start()
+    try:
+        _main(Path(sys.argv[1]), int(sys.argv[2]))
+    except BaseException:
+        # An ordinary exit would first wait for the other processes, which wait for this one.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    watch.join()

@@ -1,0 +1,213 @@
+"""Where arrays live on the mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from deltal_jax.parallel.mesh import make_mesh
+from deltal_jax.parallel.sharding import (
+    MESH_AXES,
+    PARAMETER_AXES,
+    parameter_shardings,
+    row_sharding,
+    row_shards,
+    shard_bucket,
+    state_shardings,
+    wholly_replicated,
+)
+from deltal_jax.types import Bucket, TrainState
+from tests.fakes import GROUPED, PLAIN, model
+from tests.processes import run_processes
+
+
+def paths(tree) -> dict:
+    """Leaves by path."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def test_every_parameter_of_the_model_has_a_row_and_every_row_a_parameter():
+    assert set(paths(model(PLAIN)[1])) == set(PARAMETER_AXES)
+    assert set(paths(model(GROUPED)[1])) < set(PARAMETER_AXES)
+    assert {axis for axes in PARAMETER_AXES.values() for axis in axes} == set(MESH_AXES)
+
+
+def test_parameters_are_split_as_the_two_tables_say():
+    found = paths(parameter_shardings(make_mesh(2, 2, 2), model(PLAIN)[1]))
+    assert {path: sharding.spec for path, sharding in found.items()} == {
+        "embed/embedding": P(None, "fsdp"),  # 23 words do not split over 2 tensor devices
+        "blocks/attention_norm/scale": P(None, None),
+        "blocks/attention/q/kernel": P(None, "fsdp", "tensor"),
+        "blocks/attention/k/kernel": P(None, "fsdp", "tensor"),
+        "blocks/attention/v/kernel": P(None, "fsdp", "tensor"),
+        "blocks/attention/o/kernel": P(None, "tensor", "fsdp"),
+        "blocks/mlp_norm/scale": P(None, None),
+        "blocks/mlp/gate/kernel": P(None, "fsdp", "tensor"),
+        "blocks/mlp/up/kernel": P(None, "fsdp", "tensor"),
+        "blocks/mlp/down/kernel": P(None, "tensor", "fsdp"),
+        "norm/scale": P(None),
+        "head/kernel": P("fsdp", None),
+    }
+
+
+def test_shapes_alone_are_enough():
+    mesh, params = make_mesh(1, 2, 4), model(GROUPED)[1]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    assert parameter_shardings(mesh, shapes) == parameter_shardings(mesh, params)
+
+
+def test_each_device_holds_its_part_of_a_parameter():
+    mesh, params = make_mesh(2, 2, 2), model(PLAIN)[1]
+    placed = jax.device_put(params, parameter_shardings(mesh, params))
+    kernel, whole = placed["blocks"]["mlp"]["up"]["kernel"], params["blocks"]["mlp"]["up"]["kernel"]
+    for shard in kernel.addressable_shards:
+        (_, fsdp, tensor) = np.argwhere(mesh.devices == shard.device)[0]
+        rows, columns = slice(8 * fsdp, 8 * fsdp + 8), slice(12 * tensor, 12 * tensor + 12)
+        np.testing.assert_array_equal(shard.data, np.asarray(whole)[:, rows, columns])
+
+
+def test_an_unknown_parameter_is_refused_by_its_name():
+    mesh, params = make_mesh(), {"blocks": {"attention": {"sink": jnp.ones((2, 3))}}}
+    for shardings in (parameter_shardings, state_shardings):
+        with pytest.raises(KeyError, match="blocks/attention/sink: not a parameter"):
+            shardings(mesh, params)
+    with pytest.raises(KeyError, match="ema/norm/scale: not a parameter"):
+        parameter_shardings(mesh, {"ema": {"norm": {"scale": jnp.ones(3)}}})
+    with pytest.raises(KeyError, match="temperature: not a parameter"):
+        parameter_shardings(mesh, {"temperature": jnp.ones(())})
+
+
+def test_a_parameter_of_other_dimensions_is_refused_by_its_name():
+    with pytest.raises(ValueError, match=r"norm/scale: dimensions \(2, 3\) where .*'norm'"):
+        parameter_shardings(make_mesh(), {"norm": {"scale": jnp.ones((2, 3))}})
+
+
+def test_optimizer_moments_follow_their_parameters_and_scalars_are_replicated():
+    mesh, params = make_mesh(2, 2, 2), model(PLAIN)[1]
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    state = TrainState(
+        params, optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key(0), params
+    )
+    shardings = state_shardings(mesh, state)
+    of_parameters = parameter_shardings(mesh, params)
+    assert shardings.params == of_parameters and shardings.reference == of_parameters
+    adam = shardings.opt_state[1][0]
+    assert adam.mu == of_parameters and adam.nu == of_parameters
+    assert {s.spec for s in (adam.count, shardings.updates, shardings.key)} == {P()}
+    placed = jax.device_put(state, shardings)
+    kept = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), placed, shardings)
+    assert all(jax.tree.leaves(kept))
+    np.testing.assert_array_equal(jax.random.key_data(placed.key), jax.random.key_data(state.key))
+
+
+def test_large_arrays_that_every_device_holds_whole_are_listed():
+    params = model(PLAIN)[1]
+    sizes = {path: leaf.nbytes for path, leaf in paths(params).items()}
+    norms = {"blocks/attention_norm/scale", "blocks/mlp_norm/scale", "norm/scale"}
+
+    def listed(mesh, over):
+        return set(wholly_replicated(parameter_shardings(mesh, params), params, over=over))
+
+    assert listed(make_mesh(2, 2, 2), over=0) == norms
+    assert listed(make_mesh(2, 2, 2), over=sizes["norm/scale"]) == norms - {"norm/scale"}
+    # 23 words divide by neither axis here, and 16 columns do not divide by 5.
+    five = make_mesh(1, 5, 1, devices=jax.devices()[:5])
+    assert listed(five, over=1000) == {path for path in sizes if sizes[path] > 1000}
+    assert wholly_replicated(parameter_shardings(five, params), params) == []  # none over 1 MiB
+    assert listed(make_mesh(8, 1, 1), over=0) == set()
+
+
+@pytest.mark.parametrize("arch", [PLAIN, GROUPED])
+def test_the_forward_pass_on_split_parameters_is_that_of_one_device(arch):
+    mesh, (graphdef, params) = make_mesh(2, 2, 2), model(arch)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, arch.vocab, (4, 9)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(9, dtype=np.int32), tokens.shape)
+
+    def logits(params, tokens, positions, segments):
+        transformer = nnx.merge(graphdef, params)
+        return transformer.logits(transformer.hidden(tokens, positions, segments))
+
+    rows = (tokens, positions, np.zeros_like(tokens))
+    shardings = parameter_shardings(mesh, params)
+    placed = jax.device_put(params, shardings), *jax.device_put(rows, row_sharding(mesh))
+    want = np.asarray(jax.jit(logits)(params, *rows))
+    found = jax.jit(logits, out_shardings=row_sharding(mesh))(*placed)
+    # Of the largest logit: one rounding of each parameter moves the logits as far as that.
+    np.testing.assert_allclose(found, want, atol=1e-5 * np.abs(want).max(), rtol=0)
+
+
+def bucket(rows: int = 8) -> Bucket:
+    """Fields of known content; those that may be None are."""
+    rng = np.random.default_rng(1)
+    by_row = {
+        "tokens": np.int32,
+        "positions": np.int32,
+        "segment_ids": np.int32,
+        "loss_mask": bool,
+        "sampler_logprobs": np.float32,
+        "old_logprobs": np.float32,
+    }
+    of_responses = ("advantages", "weights", "auxiliary_weights")
+    fields = {f.name: None for f in dataclasses.fields(Bucket)}
+    fields |= {k: rng.integers(0, 2, (rows, 6)).astype(dtype) for k, dtype in by_row.items()}
+    fields |= {k: rng.normal(size=7).astype(np.float32) for k in of_responses}
+    return Bucket(**fields)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8)])
+def test_a_bucket_is_split_by_rows_and_its_responses_are_everywhere(sizes):
+    mesh, host = make_mesh(*sizes), bucket()
+    placed = shard_bucket(mesh, host)
+    assert row_shards(mesh) == sizes[0] * sizes[1]
+    for field in dataclasses.fields(Bucket):
+        want, found = getattr(host, field.name), getattr(placed, field.name)
+        if want is None:
+            assert found is None
+            continue
+        assert found.dtype == want.dtype
+        np.testing.assert_array_equal(found, want)
+        for shard in found.addressable_shards:
+            data, fsdp, _ = np.argwhere(mesh.devices == shard.device)[0]
+            parts = np.split(want, row_shards(mesh)) if want.ndim == 2 else [want] * 8
+            part = parts[data * sizes[1] + fsdp]
+            np.testing.assert_array_equal(shard.data, part)
+
+
+def test_rows_that_do_not_split_evenly_are_refused():
+    with pytest.raises(ValueError, match=r"6 rows does not split over 4 .*data=2 × fsdp=2"):
+        shard_bucket(make_mesh(2, 2, 2), bucket(rows=6))
+
+
+def split_in_processes() -> dict[str, np.ndarray]:
+    """A bucket on the devices of both processes: what each holds, and the whole of it."""
+    mesh, host = make_mesh(fsdp=2), bucket()
+    placed = shard_bucket(mesh, host)
+    return {
+        "mine": np.concatenate([shard.data for shard in placed.tokens.addressable_shards]),
+        "all": multihost_utils.process_allgather(placed.tokens, tiled=True),
+        "weights": np.asarray(placed.weights),
+        "weighed": jax.jit(
+            lambda b: jnp.sum(b.tokens, axis=1) @ b.old_logprobs,
+            out_shardings=NamedSharding(mesh, P()),
+        )(placed),
+    }
+
+
+def test_two_processes_split_the_bucket_that_both_hold():
+    host = bucket()
+    results = run_processes("tests.test_sharding:split_in_processes", devices_each=2)
+    for index, found in enumerate(results):
+        np.testing.assert_array_equal(found["mine"], np.split(host.tokens, 2)[index])
+        np.testing.assert_array_equal(found["all"], host.tokens)
+        np.testing.assert_array_equal(found["weights"], host.weights)
+        want = host.tokens.sum(axis=1) @ host.old_logprobs
+        np.testing.assert_allclose(found["weighed"], want, rtol=1e-6)

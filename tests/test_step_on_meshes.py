@@ -1,0 +1,141 @@
+"""A whole update on a mesh, in one process or several, is the update of one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from deltal_jax.objective.aggregation import AGGREGATIONS
+from deltal_jax.objective.divergence import kl_k2
+from deltal_jax.objective.surrogate import clipped, gspo
+from deltal_jax.parallel.mesh import make_mesh
+from deltal_jax.parallel.sharding import row_shards, wholly_replicated
+from deltal_jax.training.buckets import make_minibatches
+from deltal_jax.training.step import LossTerms, Update
+from tests import fakes
+from tests.processes import run_processes
+
+COUNT = 24
+MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 2), (4, 1, 1)]
+METHODS = ["delta_l", "sequence_mean", "token_mean", "constant_length"]
+
+
+def _token_loss(logprobs, advantages, bucket):
+    """A token-level and a sequence-level surrogate at once."""
+    segments = {"segment_ids": bucket.segment_ids, "mask": bucket.loss_mask, "num_segments": COUNT}
+    ranges = {"clip_low": 0.3, "clip_high": 0.3}
+    sequence = gspo(logprobs, bucket.old_logprobs, advantages, **segments, **ranges)
+    return clipped(logprobs, bucket.old_logprobs, advantages) + sequence
+
+
+TERMS = LossTerms(_token_loss, divergence=kl_k2, kl_coefficient=0.1, entropy_coefficient=0.1)
+
+
+@functools.cache
+def update_on(sizes, *, distributed=False):
+    """The update, its state and its mesh; `sizes` None: one device, no mesh."""
+    graphdef, params = fakes.model(fakes.PLAIN)
+    mesh = None
+    if sizes is not None:
+        devices = jax.devices() if distributed else jax.devices()[: int(np.prod(sizes))]
+        mesh = make_mesh(*sizes, devices=devices)
+    update = Update(graphdef, optax.sgd(0.1), TERMS, mesh=mesh)
+    return update, update.init(params, jax.random.key(0)), mesh
+
+
+def step_on(sizes, method, *, pack=True, distributed=False):
+    """Loss, gradient and new parameters of the second of two mini-batches."""
+    update, state, mesh = update_on(sizes, distributed=distributed)
+    rollout = fakes.rollout(COUNT)
+    weights = np.asarray(AGGREGATIONS[method](jnp.asarray(rollout.response_lengths)))
+    advantages = np.random.default_rng(1).normal(size=COUNT).astype(np.float32)
+    _, buckets = make_minibatches(
+        rollout,
+        rollout.group_ids // 3,
+        advantages=advantages,
+        weights=weights,
+        auxiliary_weights=np.full(COUNT, 1e-2, np.float32),
+        reference_logprobs=rollout.logprobs + np.float32(0.1),
+        edges=(30,),
+        tokens_per_microbatch=120,
+        pack=pack,
+        row_multiple=1 if mesh is None else row_shards(mesh),
+    )
+    gradient = update.accumulate(state.params, buckets)
+    after, norms = jax.jit(update._apply)(state, gradient)
+    tree = {"grads": gradient.grads, "params": after.params}
+    if distributed:
+        from jax.experimental.multihost_utils import process_allgather
+
+        tree = process_allgather(tree, tiled=True)
+    arrays = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(tree)}
+    return arrays | {
+        "loss": np.asarray(gradient.loss),
+        "norm": np.asarray(norms["optim/grad_norm"]),
+    }
+
+
+def assert_same(found, want):
+    assert set(found) == set(want)
+    for name, array in want.items():
+        error = np.linalg.norm(found[name] - array)
+        assert error <= 1e-5 * np.linalg.norm(array), name
+    assert np.linalg.norm(want["norm"]) > 1e-3
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_loss_gradient_and_sgd_step_on_a_mesh_are_those_of_one_device(sizes):
+    for method in METHODS:
+        for pack in (False, True) if method == "delta_l" else (True,):
+            assert_same(step_on(sizes, method, pack=pack), step_on(None, method, pack=pack))
+
+
+def test_parameters_gradients_and_moments_are_laid_out_alike_and_stay_so():
+    graphdef, params = fakes.model(fakes.PLAIN)
+    mesh = make_mesh(2, 2, 2)
+    update = Update(graphdef, optax.adam(0.1), TERMS, mesh=mesh)
+    state = update.init(params, jax.random.key(0), reference=True)
+    before = jax.tree.map(lambda x: x.sharding, state)
+    assert not wholly_replicated(before.params, state.params, over=1000)
+    mu = state.opt_state[0].mu
+    for moments in (mu, state.reference):
+        assert jax.tree.leaves(jax.tree.map(lambda x: x.sharding, moments)) == jax.tree.leaves(
+            before.params
+        )
+    split = [s for s in jax.tree.leaves(before.params) if not s.is_fully_replicated]
+    assert len(split) >= 8
+    rollout = fakes.rollout(COUNT)
+    ones = np.ones(COUNT, np.float32)
+    (buckets,) = make_minibatches(
+        rollout,
+        np.zeros(COUNT, int),
+        advantages=ones,
+        weights=ones,
+        auxiliary_weights=ones,
+        reference_logprobs=rollout.logprobs,
+        edges=(30,),
+        tokens_per_microbatch=120,
+        row_multiple=4,
+    )
+    gradient = update.accumulate(state.params, buckets)
+    after, _ = update.apply(state, gradient)
+    for tree in (gradient.grads, after.params, after.opt_state[0].mu):
+        found = jax.tree.map(
+            lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), tree, before.params
+        )
+        assert all(jax.tree.leaves(found))
+
+
+def in_processes(method: str) -> dict[str, np.ndarray]:
+    """What each of two processes finds, with two devices each."""
+    return step_on((2, 2, 1), method, distributed=True)
+
+
+def test_two_processes_take_the_step_of_one_device():
+    want = step_on(None, "delta_l")
+    target = "tests.test_step_on_meshes:in_processes"
+    for found in run_processes(target, count=2, devices_each=2, method="delta_l"):
+        assert_same(found, want)
