@@ -402,7 +402,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return None if value is None else _convert(inner, value, path)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or not value:
-            raise UserError(f"{path}: expected a list such as [32, 64], got {value!r}")
+            example = "[32, 64]" if args[0] is int else "[0.2, 0.1]"
+            raise UserError(f"{path}: expected a list such as {example}, got {value!r}")
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         if abs(value) > sys.float_info.max:
@@ -469,6 +470,14 @@ def _check_objective(objective: ObjectiveConfig) -> None:
     for method in methods:
         if objective.scope != "batch" and method not in SCOPED:
             raise UserError(f"objective.scope: {method} has no scope to choose; leave it at batch")
+        if objective.count_masked and method in ("token_sum", "balanced"):
+            raise UserError(
+                f"objective.count_masked: {method} has no denominator that keeps filtered "
+                "responses; leave it at false"
+            )
+    low = objective.clip_low
+    if low is not None and low > 1 and objective.surrogate != "gmpo":
+        raise UserError(f"objective.clip_low: 1 - {low:g} is below every ratio; use at most 1")
     if "inverse_variance" in methods and objective.rho is None:
         raise UserError(
             "objective.rho: inverse_variance needs it, such as [0.2, 0.1]; for a variance of "

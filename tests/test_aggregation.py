@@ -20,6 +20,7 @@ from deltal_jax.objective.aggregation import (
     local_token_mean,
     policy_gradient_loss,
     prompt_mean,
+    segment_means,
     segment_sums,
     sequence_mean,
     sequence_sum,
@@ -699,3 +700,39 @@ def test_independent_tokens_have_beta_one_and_fully_correlated_ones_beta_two():
 def test_an_unknown_variance_is_refused():
     with pytest.raises(ValueError, match=r"variance: expected .*beta.*rho.*got \['gamma'\]"):
         inverse_variance(MIXED, {"gamma": 1.0})
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_sums_of_many_tokens_are_exact_in_every_input_precision(dtype):
+    """8,192 ones are 8,192, though bfloat16 cannot count beyond 256."""
+    ids, mask = jnp.zeros((2, 4096), int), jnp.ones((2, 4096), bool)
+    ones = jnp.ones((2, 4096), dtype)
+    sums = segment_sums(ones, ids, 1, mask)
+    assert sums.dtype == jnp.float32 and float(sums[0]) == 8192.0
+    loss, metrics = policy_gradient_loss(ones, jnp.asarray([0.5]), ids, mask)
+    assert float(loss) == 4096.0
+    assert tuple(map(float, metrics["policy/token_loss"])) == (8192.0, 8192.0)
+
+
+@pytest.mark.parametrize("segments", [1, 3, 1000])
+def test_a_million_tokens_are_summed_to_float32_precision(segments):
+    size = 10**6
+    values = jnp.full((size,), 0.1, jnp.float32)
+    ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, segments, size)))
+    sums = segment_sums(values, ids, segments, jnp.ones(size, bool))
+    want = np.bincount(np.asarray(ids), minlength=segments) * np.float64(np.float32(0.1))
+    np.testing.assert_allclose(sums, want, rtol=2e-5)
+    gradient = jax.grad(lambda v: segment_sums(v, ids, segments, jnp.ones(size, bool)).sum())
+    assert np.all(np.asarray(gradient(values)) == 1.0)
+
+
+def test_means_know_their_segments_by_any_numbers():
+    values = jnp.asarray([1.0, 2.0, 4.0, 8.0, 16.0])
+    ids = jnp.asarray([700, -1, 700, 40, -1])
+    mask = jnp.asarray([True, False, True, True, False])
+    found = jax.jit(segment_means)(values, ids, mask)
+    np.testing.assert_allclose(found, [2.5, 0.0, 2.5, 8.0, 0.0])
+    within = segment_means(values, jnp.asarray([0, -1, 0, 1, 9]), mask, 2)
+    np.testing.assert_allclose(within, [2.5, 0.0, 2.5, 8.0, 0.0])
+    with pytest.raises(ValueError, match="num_segments: must be given"):
+        segment_means(values, ids, mask, axis_name="data")

@@ -49,9 +49,15 @@ def lines(**objective) -> dict[str, str]:
 AMONG = {"batch": "j in batch", "minibatch": "j in mini-batch", "group": "j in group"}
 SIZE = {"batch": "B_batch", "minibatch": "B_minibatch", "group": "B_group"}
 WORDS = {
-    "batch": "the rollout batch",
-    "minibatch": "each mini-batch",
-    "group": "each prompt's group",
+    "batch": "normalised over the rollout batch",
+    "minibatch": "normalised over each mini-batch",
+    "group": "normalised over each prompt's group",
+}
+OWN = {
+    "prompt_mean": "normalised over each prompt's group",
+    "local_token_mean": "normalised over each micro-batch",
+    "balanced": "normalised over each sign of the advantage",
+    "token_sum": "not normalised",
 }
 WEIGHTS = {
     "delta_l": "(1/192) · L_i^-0.75 / Σ_({among}) L_j^-0.75",
@@ -61,7 +67,7 @@ WEIGHTS = {
     "sequence_sum": "1 / {size}",
     "inverse_variance": "(1/192) · v(L_i)^-1 / Σ_({among}) v(L_j)^-1, "
     "v(L) = L + 2 Σ_h max(L - h, 0) ρ_h, ρ = [0.3, 0.1]",
-    "prompt_mean": "1 / (16 · Σ_(j in group) L_j)",
+    "prompt_mean": "1 / (K · Σ_(j in group) L_j), K groups that have anything to train",
     "token_sum": "1",
     "local_token_mean": "1 / (K · Σ_(j in micro-batch of 5) L_j), K micro-batches",
     "balanced": "(n_s / (n_+ + n_-)) / Σ_(j of sign s) L_j, s = sign(A_i); 0 where A_i = 0",
@@ -74,11 +80,12 @@ OPTIONS = {"alpha": 0.75, "rho": [0.3, 0.1], "microbatch_size": 5}
 def test_the_formula_names_method_scope_and_constant(name, scope):
     if scope != "batch" and name not in SCOPED:
         return  # refused by the config
-    mean = "(1/16) · " if scope == "group" else ""  # one mini-batch, 16 prompts
-    want = mean + WEIGHTS[name].format(among=AMONG[scope], size=SIZE[scope])
+    want = WEIGHTS[name].format(among=AMONG[scope], size=SIZE[scope])
+    if scope == "group":
+        want = f"(1/K) · {want}, K groups that have anything to train"
     found = lines(aggregation=name, scope=scope, **OPTIONS)
     assert found["w_i"] == want
-    assert f"      {name}, normalised over {WORDS[scope]}" in found["loss"]
+    assert f"      {name}, {OWN.get(name, WORDS[scope])}" in found["loss"]
     assert ("warning" in found[""]) == (name == "local_token_mean")
     if scope == "batch":
         auxiliary = lines(auxiliary_aggregation=name, kl_coefficient=0.1, **OPTIONS)
@@ -105,7 +112,7 @@ TOKEN_LOSSES = {
     "clipped": (
         "max(-A·r, -A·clip(r, 0.8, 1.2)), r = π/π_old",
         {"clip_low": 0.1, "clip_high": 0.28, "dual_clip": 3.0},
-        "max(-A·r, -A·clip(r, 0.9, 1.28)), dual clip 3, r = π/π_old",
+        "max(-A·r, -A·clip(r, 0.9, 1.28)), at most -A·3 where A < 0, r = π/π_old",
     ),
     "gspo": (
         "max(-A·s, -A·clip(s, 0.9997, 1.0004)), s = exp(mean_t log π/π_old)",
@@ -157,7 +164,7 @@ def test_the_formula_shows_the_advantage(name):
         "leave_one_out": "r_i - mean of the others in the group",
         "batch_standardize": "(r_i - mean_batch) / (std_batch + 1e-6), n-1 standard deviation",
         "length_weighted_baseline": "r_i - Σ_(j in group) L_j r_j / Σ_(j in group) L_j",
-        "max_rl": "(r_i - mean_group) / mean_group",
+        "max_rl": "(r_i - mean_group) / mean_group, 0 where the mean is not positive",
     }
     assert lines(advantage=name)["A_i"] == want[name]
 
@@ -198,24 +205,24 @@ def test_auxiliary_terms_show_with_their_weights_when_they_are_on(options, terms
     assert found.get("u_i", "1 / Σ_(j in batch) L_j") == "1 / Σ_(j in batch) L_j"
 
 
-def test_minibatches_show_as_the_factor_of_the_batch():
-    text = formula(load_config("countdown-tiny", {"rl.updates_per_rollout": 4}))
-    want = "loss of each of 4 updates = 4 · Σ_(i in its mini-batch) (w_i Σ_t ℓ_it)      delta_l"
-    assert text.startswith(want)
+def test_minibatches_show_with_their_factor_and_number():
+    updates = {"rl.updates_per_rollout": 4, "rl.epochs_per_rollout": 3}
+    text = formula(load_config("countdown-tiny", updates))
+    assert text.startswith("loss of each mini-batch = 4 · Σ_(i in mini-batch) (w_i Σ_t ℓ_it)      ")
+    assert "4 mini-batches × 3 epochs = 12 updates a rollout" in text
+    own = formula(load_config("countdown-tiny", updates | {"objective.scope": "minibatch"}))
+    assert own.startswith("loss of each mini-batch = Σ_(i in mini-batch) (w_i Σ_t ℓ_it)      ")
 
 
-@pytest.mark.parametrize(
-    ("scope", "weight"),
-    [
-        ("batch", "1 / Σ_(j in batch) L_j"),
-        ("minibatch", "(1/4) · 1 / Σ_(j in mini-batch) L_j"),
-        ("group", "(1/16) · 1 / Σ_(j in group) L_j"),
-    ],
-)
-def test_the_mean_over_scopes_shows_in_the_weight(scope, weight):
-    options = {"objective.aggregation": "token_mean", "objective.scope": scope}
-    config = load_config("countdown-tiny", options | {"rl.updates_per_rollout": 4})
-    assert f"w_i  = {weight}\n" in formula(config)
+def test_what_changes_lengths_and_probabilities_is_said():
+    changes = {
+        "objective.old_logprobs": "recompute",
+        "objective.importance_correction": "token_mask",
+        "rollout.temperature": 0.8,
+    }
+    text = formula(load_config("countdown-tiny", changes))
+    assert "L_i counts tokens not rejected" in text
+    assert "π is the softmax at temperature 0.8" in text
 
 
 @pytest.mark.parametrize("overlong", [False, True])

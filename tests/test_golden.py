@@ -148,5 +148,18 @@ def test_the_cases_cover_every_method_and_branch():
     reached = [m for case in CASES for m in case["expected"]["minibatches"]]
     assert any(m["clip_fraction"] > 0 for m in reached)
     assert any(m["dual_clip_fraction"] > 0 for m in reached)
+    taken = {"high": 0, "low": 0, "dual": 0, "ratio cut at e^20": 0, "inside": 0}
+    for case in CASES:
+        ratio = np.exp(np.subtract(case["logprobs"], case["old_logprobs"]))
+        signs = np.repeat(np.sign(case["expected"]["weighted_advantages"]), case["lengths"])
+        low, high = 1 - case["clip_low"], 1 + case["clip_high"]
+        above, below = (signs > 0) & (ratio > high), (signs < 0) & (ratio < low)
+        dual = (signs < 0) & (ratio > (case["dual_clip"] or np.inf))
+        taken["high"] += above.sum()
+        taken["low"] += below.sum()
+        taken["dual"] += dual.sum()
+        taken["ratio cut at e^20"] += (np.abs(np.log(ratio)) > 20).sum()
+        taken["inside"] += ((signs != 0) & ~above & ~below & ~dual).sum()
+    assert all(count > 0 for count in taken.values()), taken
     constant = [0.0] * 4
     assert any(case["expected"]["weighted_advantages"][:4] == constant for case in CASES)

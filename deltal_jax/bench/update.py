@@ -3,6 +3,7 @@
 import json
 import statistics
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,13 @@ class _Peer:
     def __init__(self, python: str, seeds: list[int]):
         script = Path(__file__).with_name("tunix_peer.py")
         try:
+            # A pipe that nobody reads would fill up and stop it.
+            self.errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115
             self.process = subprocess.Popen(
                 [python, str(script)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stderr=self.errors,
                 text=True,
             )
         except OSError as error:
@@ -149,8 +152,8 @@ class _Peer:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            assert self.process.stderr is not None
-            last = self.process.stderr.read().strip().split("\n")[-1]
+            self.errors.seek(0)
+            last = self.errors.read().strip().split("\n")[-1]
             raise UserError(f"--peer: Tunix did not run: {last}")
         return json.loads(line)
 

@@ -126,7 +126,8 @@ def max_rl(
 
     Source: arXiv 2602.02710.
     """
-    if at_hand(rewards) and np.any(np.asarray(rewards) < 0):
+    counted = True if where is None else where
+    if at_hand(rewards) and at_hand(counted) and np.any((np.asarray(rewards) < 0) & counted):
         raise ValueError("max_rl: rewards must not be negative")
     centered, _, count = _centered(rewards, group_ids, where)
     mean = _group_sum(_known(rewards, where)[0], group_ids) / jnp.maximum(count, 1.0)

@@ -17,8 +17,10 @@ Conventions shared by all functions here:
   ids; None: the whole batch). With K scopes that hold a counted response, w_i is 1/K times the
   formula inside i's scope, so that Σ_i w_i S_i is always the estimate of the whole batch. An
   optimizer step on a mini-batch of B_mb of the B responses uses the loss Σ_{i in mini-batch} (B /
-  B_mb) w_i S_i; this is where B/B_mb enters, for every scope. Ids outside [0, B) raise ValueError
-  where their values are at hand; under jit JAX drops them.
+  B_mb) w_i S_i; this is where B/B_mb enters. With the mini-batches themselves as scopes the factor
+  is K instead, the same where they are equally large and none is empty: the loss is then the
+  formula with B → B_mb. Ids outside [0, B) raise ValueError where their values are at hand; under
+  jit JAX drops them.
 """
 
 from collections.abc import Callable, Mapping
@@ -78,8 +80,8 @@ def constant_length(
 
     Source: Liu et al., arXiv 2503.20783.
     """
-    _, counted = _counted(lengths, where, count_masked)
-    ones = counted.astype(_float_dtype(lengths))
+    lengths, counted = _counted(lengths, where, count_masked)
+    ones = counted.astype(lengths.dtype)
     weights = ones / _scope_total(ones, scope_ids)
     return _finish(weights, where, counted, scope_ids) / _divisor(normalizer)
 
@@ -154,8 +156,8 @@ def token_sum(
     lengths: Num[Array, " B"], *, where: Bool[Array, " B"] | None = None
 ) -> Float[Array, " B"]:
     """No normalisation at all: w_i = 1. The loss grows with batch and lengths."""
-    counted = _counted(lengths, where, count_masked=False)[1]
-    return counted.astype(_float_dtype(lengths))
+    lengths, counted = _counted(lengths, where, count_masked=False)
+    return counted.astype(lengths.dtype)
 
 
 def sequence_sum(
@@ -258,6 +260,10 @@ AGGREGATIONS: Catalogue[Callable[..., Float[Array, " B"]]] = Catalogue(
 )
 
 
+#: Tokens that are summed one after another, and partial sums at most.
+SUM_BLOCK, MAX_PARTIAL_SUMS = 256, 2**20
+
+
 def segment_sums(
     token_values: Float[Array, "*shape"],
     segment_ids: Int[Array, "*shape"],
@@ -274,12 +280,24 @@ def segment_sums(
     parameter is added over the shards already, and a `psum` of it multiplies it by their number.
 
     Tokens whose mask is False contribute nothing to the value or the gradient, NaN included; ids
-    outside [0, num_segments) are dropped. Raises AssertionError where the three shapes differ,
-    which would broadcast in silence.
+    outside [0, num_segments) are dropped. The sums are in float32 or better. Raises AssertionError
+    where the three shapes differ, which would broadcast in silence.
     """
     chex.assert_equal_shape((token_values, segment_ids, mask))
-    values = jnp.where(mask, token_values, 0.0)
-    sums = jax.ops.segment_sum(values.ravel(), segment_ids.ravel(), num_segments)
+    wide = token_values.astype(jnp.promote_types(token_values.dtype, jnp.float32))
+    values, ids = jnp.where(mask, wide, 0.0).ravel(), segment_ids.ravel()
+    # One after another, 10^6 values would be off by 1 %: so by blocks, and then blocks in pairs.
+    most = max(1, MAX_PARTIAL_SUMS // max(num_segments, 1))
+    length = max(SUM_BLOCK, -(-values.size // most))
+    blocks = max(1, -(-values.size // length))
+    block = jnp.arange(values.size) // length
+    inside = (ids >= 0) & (ids < num_segments)
+    places = jnp.where(inside, block * num_segments + ids, blocks * num_segments)
+    sums = jax.ops.segment_sum(values, places, blocks * num_segments).reshape(blocks, num_segments)
+    while sums.shape[0] > 1:
+        sums = jnp.pad(sums, ((0, sums.shape[0] % 2), (0, 0)))
+        sums = sums[::2] + sums[1::2]
+    sums = sums[0]
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
 
@@ -292,15 +310,22 @@ def segment_means(
 ) -> Float[Array, "*shape"]:
     """The mean over each segment's masked tokens, at each of its tokens; 0 outside of segments.
 
-    `num_segments` is the number of segments, by default as many as there are tokens; `axis_name`
-    as in `segment_sums`.
+    Ids are in [0, num_segments), or any numbers where that is None. `axis_name` as in
+    `segment_sums`; raises ValueError where it is given without `num_segments`.
     """
-    count = token_values.size if num_segments is None else num_segments
+    count = num_segments
+    if count is None:
+        if axis_name is not None:
+            raise ValueError("num_segments: must be given where devices share the tokens")
+        count = segment_ids.size
+        ranks = jnp.unique(segment_ids, return_inverse=True, size=count)[1]
+        segment_ids = ranks.reshape(segment_ids.shape)
     sums = segment_sums(token_values, segment_ids, count, mask, axis_name=axis_name)
     ones = jnp.ones_like(token_values)
     tokens = segment_sums(ones, segment_ids, count, mask, axis_name=axis_name)
+    inside = (segment_ids >= 0) & (segment_ids < count)
     means = jnp.pad(sums / jnp.maximum(tokens, 1.0), (0, 1))
-    return means[jnp.clip(segment_ids, 0, count)]
+    return means[jnp.where(inside, segment_ids, count)]
 
 
 def policy_gradient_loss(
@@ -336,7 +361,7 @@ def _counted(
     lengths = jnp.asarray(lengths)
     counted = lengths > 0
     if where is not None and not count_masked:
-        counted &= where
+        counted &= jnp.asarray(where)
     return lengths.astype(_float_dtype(lengths)), counted
 
 
@@ -393,4 +418,4 @@ def _finish(
     if scope_ids is not None:
         occupied = jax.ops.segment_max(counted.astype(jnp.int32), scope_ids, weights.shape[0]) > 0
         weights = weights / jnp.maximum(jnp.sum(occupied), 1)
-    return weights if where is None else jnp.where(where, weights, 0.0)
+    return weights if where is None else jnp.where(jnp.asarray(where), weights, 0.0)

@@ -23,8 +23,10 @@ def check_number(
     most: float = sys.float_info.max,
 ) -> None:
     """Raise ValueError unless `value` is a number > above, ≥ least and ≤ most, or an array."""
-    if isinstance(value, jax.Array | np.ndarray):
+    if isinstance(value, jax.Array) or (isinstance(value, np.ndarray) and value.ndim):
         return
+    if isinstance(value, np.ndarray):
+        value = value.item()
     number = value.item() if isinstance(value, np.number) else value
     is_number = isinstance(number, int | float) and not isinstance(number, bool)
     # By comparison, since a huge int has no float; NaN fails them all.
@@ -36,7 +38,7 @@ def check_number(
     raise ValueError(f"{name}: expected {' '.join([kind, *bounds])}, got {value!r}")
 
 
-def at_hand(array: Array | np.ndarray) -> bool:
+def at_hand(array: Any) -> bool:
     """Whether the values can be read here and now."""
     if isinstance(array, Tracer):
         return False
@@ -48,7 +50,7 @@ def check_ids(name: str, ids: Int[Array, " B"], count: int) -> None:
 
     Nothing is checked where the values are not at hand: under jit, or on other processes' devices.
     """
-    if not at_hand(ids) or ids.size == 0:
+    if not at_hand(ids) or np.size(ids) == 0:
         return
     low, high = int(np.min(np.asarray(ids))), int(np.max(np.asarray(ids)))
     if low < 0 or high >= count:

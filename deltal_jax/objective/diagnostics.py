@@ -34,7 +34,7 @@ def aggregation_diagnostics(
     check_number("normalizer", normalizer, above=0.0)
     check_number("beta", beta)
     lengths = jnp.asarray(lengths).astype(weights.dtype)
-    largest = jnp.max(weights)
+    largest = jnp.max(weights, initial=0.0)
     # Relative to the largest weight, so that squares stay within float32's range.
     shares = weights / jnp.where(largest > 0, largest, 1.0)
     total = jnp.sum(shares)
@@ -50,7 +50,7 @@ def aggregation_diagnostics(
         "weight_shortest_decile": shares_by_side[0] / safe_total,
         "weight_longest_decile": shares_by_side[1] / safe_total,
         "zero_advantage_weight": idle / safe_total,
-        "weight_min": jnp.min(weights),
+        "weight_min": jnp.min(weights) if weights.size else largest,
         "weight_max": largest,
     }
 

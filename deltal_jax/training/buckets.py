@@ -167,25 +167,26 @@ def make_minibatches(
     advantages: np.ndarray,
     weights: np.ndarray,
     auxiliary_weights: np.ndarray,
+    factor: float | None = None,
     **options: Any,
 ) -> list[list[Bucket]]:
     """The micro-batches of each optimizer update, in order.
 
-    The weights of a mini-batch are multiplied by B / B_mb, so that its loss estimates that of the
-    whole batch (the scaling that objective/aggregation.py states). `options` are those of
-    `make_buckets`.
+    The weights of a mini-batch are multiplied by `factor`, by default B / B_mb, so that its loss
+    estimates that of the whole batch (the scaling that objective/aggregation.py states). `options`
+    are those of `make_buckets`.
     """
     minibatches = []
     for number in np.unique(minibatch_ids):
         indices = np.flatnonzero(minibatch_ids == number)
-        factor = np.float32(len(minibatch_ids) / len(indices))
+        share = len(minibatch_ids) / len(indices) if factor is None else factor
         minibatches.append(
             make_buckets(
                 rollout,
                 indices,
                 advantages=advantages,
-                weights=weights * factor,
-                auxiliary_weights=auxiliary_weights * factor,
+                weights=weights * np.float32(share),
+                auxiliary_weights=auxiliary_weights * np.float32(share),
                 **options,
             )
         )

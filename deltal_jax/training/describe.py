@@ -12,14 +12,15 @@ FLOAT_BYTES = 4
 
 def formula(config: Config) -> str:
     """The effective loss: method, scope, divisor, and what counts."""
-    o, updates = config.objective, config.rl.updates_per_rollout
+    o, rl = config.objective, config.rl
     corrected = "" if o.importance_correction == "none" else "ρ_it "
     terms = f"w_i Σ_t {corrected}ℓ_it{_auxiliary_terms(config)}"
     loss = f"loss = Σ_i ({terms})"
-    if updates > 1:
-        loss = f"loss of each of {updates} updates = {updates} · Σ_(i in its mini-batch) ({terms})"
+    if rl.updates_per_rollout > 1:
+        factor = "" if o.scope == "minibatch" else f"{rl.updates_per_rollout} · "
+        loss = f"loss of each mini-batch = {factor}Σ_(i in mini-batch) ({terms})"
     lines = [
-        f"{loss}      {o.aggregation}, normalised over {_scope(config)[0]}",
+        f"{loss}      {o.aggregation}, {_normalised(config)}",
         f"w_i  = {_weight(config, o.aggregation)}",
         f"ℓ_it = {_token_loss(config)}",
         f"A_i  = {ADVANTAGES[o.advantage]}",
@@ -33,7 +34,16 @@ def formula(config: Config) -> str:
     if o.kl_coefficient or o.entropy_coefficient:
         methods.add(o.auxiliary_aggregation)
         lines.append(f"u_i  = {_weight(config, o.auxiliary_aggregation)}")
-    lines.append(f"L_i counts sampled tokens, EOS included; a missing reward {_filtering(config)}")
+    if rl.updates_per_rollout * rl.epochs_per_rollout > 1:
+        lines.append(
+            f"{rl.updates_per_rollout} mini-batches × {rl.epochs_per_rollout} epochs = "
+            f"{rl.updates_per_rollout * rl.epochs_per_rollout} updates a rollout"
+        )
+    trained = "sampled tokens" if "mask" not in o.importance_correction else "tokens not rejected"
+    lines.append(f"L_i counts {trained}, EOS included; a missing reward {_filtering(config)}")
+    temperature = config.rollout.temperature
+    if temperature != 1.0:
+        lines.append(f"π is the softmax at temperature {temperature:g}, as it is sampled from")
     if "local_token_mean" in methods:
         lines.append(
             f"warning: local_token_mean follows how responses fall into micro-batches of "
@@ -49,7 +59,7 @@ ADVANTAGES: dict[Advantage, str] = {
     "leave_one_out": "r_i - mean of the others in the group",
     "batch_standardize": "(r_i - mean_batch) / (std_batch + 1e-6), n-1 standard deviation",
     "length_weighted_baseline": "r_i - Σ_(j in group) L_j r_j / Σ_(j in group) L_j",
-    "max_rl": "(r_i - mean_group) / mean_group",
+    "max_rl": "(r_i - mean_group) / mean_group, 0 where the mean is not positive",
 }
 #: Each importance correction in symbols.
 CORRECTIONS: dict[Correction, str] = {
@@ -60,56 +70,58 @@ CORRECTIONS: dict[Correction, str] = {
 }
 
 
-def _scope(config: Config) -> tuple[str, str, str, int]:
-    """The scope in words, its members, its number of responses, and how many there are."""
-    rl = config.rl
+def _normalised(config: Config) -> str:
+    """Over what the weights are normalised, in words."""
+    own = {
+        "prompt_mean": "normalised over each prompt's group, averaged over them",
+        "local_token_mean": "normalised over each micro-batch, averaged over them",
+        "balanced": "normalised over each sign of the advantage",
+        "token_sum": "not normalised",
+    }
+    scopes = {
+        "batch": "normalised over the rollout batch",
+        "minibatch": "normalised over each mini-batch",
+        "group": "normalised over each prompt's group, averaged over them",
+    }
+    return own.get(config.objective.aggregation, scopes[config.objective.scope])
+
+
+def _scope(config: Config) -> tuple[str, str, str]:
+    """The members of the scope, their number, and the factor of the mean over scopes."""
     return {
-        "batch": ("the rollout batch", "j in batch", "B_batch", 1),
-        "minibatch": (
-            "each mini-batch, averaged over them",
-            "j in mini-batch",
-            "B_minibatch",
-            rl.updates_per_rollout,
-        ),
-        "group": (
-            "each prompt's group, averaged over them",
-            "j in group",
-            "B_group",
-            rl.prompts_per_step,
-        ),
+        "batch": ("j in batch", "B_batch", ""),
+        "minibatch": ("j in mini-batch", "B_minibatch", ""),
+        "group": ("j in group", "B_group", "(1/K) · "),
     }[config.objective.scope]
 
 
 def _weight(config: Config, aggregation: Aggregation) -> str:
     o = config.objective
-    _, among, number, scopes = _scope(config)
+    among, number, averaged = _scope(config)
     inverse_m = f"(1/{normalizer(config):g})"
-    P = config.rl.prompts_per_step
-    averaged = f"(1/{scopes}) · " if scopes > 1 else ""
-    return (
-        averaged
-        + {
-            "delta_l": f"{inverse_m} · L_i^-{o.alpha:g} / Σ_({among}) L_j^-{o.alpha:g}",
-            "constant_length": f"{inverse_m} / {number}",
-            "sequence_mean": f"1 / ({number} · L_i)",
-            "token_mean": f"1 / Σ_({among}) L_j",
-            "prompt_mean": f"1 / ({P} · Σ_(j in group) L_j)",
-            "token_sum": "1",
-            "sequence_sum": f"1 / {number}",
-            "local_token_mean": f"1 / (K · Σ_(j in micro-batch of {o.microbatch_size}) L_j), "
-            "K micro-batches",
-            "balanced": "(n_s / (n_+ + n_-)) / Σ_(j of sign s) L_j, s = sign(A_i); 0 where A_i = 0",
-            "inverse_variance": f"{inverse_m} · v(L_i)^-1 / Σ_({among}) v(L_j)^-1, "
-            f"v(L) = L + 2 Σ_h max(L - h, 0) ρ_h, ρ = {list(o.rho or ())}",
-        }[aggregation]
-    )
+    groups = ", K groups that have anything to train"
+    weight = {
+        "delta_l": f"{inverse_m} · L_i^-{o.alpha:g} / Σ_({among}) L_j^-{o.alpha:g}",
+        "constant_length": f"{inverse_m} / {number}",
+        "sequence_mean": f"1 / ({number} · L_i)",
+        "token_mean": f"1 / Σ_({among}) L_j",
+        "prompt_mean": f"1 / (K · Σ_(j in group) L_j){groups}",
+        "token_sum": "1",
+        "sequence_sum": f"1 / {number}",
+        "local_token_mean": f"1 / (K · Σ_(j in micro-batch of {o.microbatch_size}) L_j), "
+        "K micro-batches",
+        "balanced": "(n_s / (n_+ + n_-)) / Σ_(j of sign s) L_j, s = sign(A_i); 0 where A_i = 0",
+        "inverse_variance": f"{inverse_m} · v(L_i)^-1 / Σ_({among}) v(L_j)^-1, "
+        f"v(L) = L + 2 Σ_h max(L - h, 0) ρ_h, ρ = {list(o.rho or ())}",
+    }[aggregation]
+    return f"{averaged}{weight}{groups if averaged else ''}"
 
 
 def _token_loss(config: Config) -> str:
     o = config.objective
     set_ = {k: f"{v:g}" for k, v in surrogate_options(o).items() if v is not None}
     low, high = (float(set_.get(k, 0)) for k in ("clip_low", "clip_high"))
-    dual = f", dual clip {set_['dual_clip']}" if "dual_clip" in set_ else ""
+    dual = f", at most -A·{set_['dual_clip']} where A < 0" if "dual_clip" in set_ else ""
     ratio = f"π_old from the {'sampler' if o.old_logprobs == 'sampler' else 'trainer'}"
     clip = f"clip(s, {1 - low:g}, {1 + high:g})"
     return {

@@ -332,6 +332,7 @@ def update_policy(
         advantages=weighted.advantages,
         weights=weighted.weights,
         auxiliary_weights=weighted.auxiliary_weights,
+        factor=weighted.minibatch_factor,
         old_logprobs=old,
         reference_logprobs=reference,
         **layout,

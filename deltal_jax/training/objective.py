@@ -46,6 +46,8 @@ class Weighted:
     advantages: np.ndarray
     weights: np.ndarray
     auxiliary_weights: np.ndarray
+    #: What multiplies the weights in the loss of a mini-batch; None: B / B_mb.
+    minibatch_factor: float | None
     metrics: dict[str, float]
 
 
@@ -98,7 +100,15 @@ def weigh(config: Config, rollout: Rollout, rewards: np.ndarray) -> Weighted:
     metrics = {f"aggregation/{name}": float(value) for name, value in meters.items()}
     for name, reduce in (("mean", np.mean), ("min", np.min), ("max", np.max)):
         metrics[f"advantage/{name}"] = float(reduce(np.asarray(advantages)))
-    return Weighted(np.asarray(advantages), np.asarray(weights), np.asarray(auxiliary), metrics)
+    factor = None
+    if objective.scope == "minibatch":  # the number of mini-batches that count for anything
+        counted = rollout.response_lengths > 0
+        if not objective.count_masked:
+            counted &= ~np.isnan(rewards) & (True if kept is None else kept)
+        factor = float(len(np.unique(minibatches[counted])))
+    return Weighted(
+        np.asarray(advantages), np.asarray(weights), np.asarray(auxiliary), factor, metrics
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "normalizer"))
