@@ -159,7 +159,8 @@ def test_a_dry_run_as_json_is_one_object_that_agrees_with_the_config(deltal, tmp
     assert found.keys() == {"batch", "memory_bytes", "formula"}
     assert found["batch"]["responses_per_minibatch"] == 16 * 8 // 4
     assert found["batch"]["updates_per_step"] == 4 * 2
-    assert found["formula"].startswith("loss = 4 · Σ_i w_i Σ_t ℓ_it      delta_l, normalised over")
+    loss = "loss of each mini-batch = 4 · Σ_(i in mini-batch) (w_i Σ_t ℓ_it)      delta_l, "
+    assert found["formula"].startswith(f"{loss}normalised over each prompt's group")
     memory = found["memory_bytes"]
     assert memory.pop("total") == sum(memory.values())
     vocabulary, width, ff, layers = 79, 64, 176, 3
@@ -196,7 +197,8 @@ def test_options_may_stand_anywhere_among_the_overrides(deltal, arguments):
         (["objective.aggregation=constant_length"], "(1/192) / B_batch"),
         (
             ["objective.scope=group", "objective.normalizer=100"],
-            "(1/100) · L_i^-1 / Σ_(j in group) L_j^-1",
+            "(1/K) · (1/100) · L_i^-1 / Σ_(j in group) L_j^-1, K groups that have anything to "
+            "train",
         ),
     ],
 )
