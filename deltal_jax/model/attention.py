@@ -1,5 +1,7 @@
 """Rotary positions, attention over whole rows and over a cache."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -7,6 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 #: Added to the scores that a query may not see; finite, so that a row that sees nothing stays
 #: finite.
 MASKED = -1e30
+#: Queries that see their scores at once; longer rows are taken in blocks, so that memory grows with
+#: the length and not with its square.
+QUERY_BLOCK = 1024
 
 
 def rope(
@@ -33,11 +38,35 @@ def attend_rows(
 ) -> Float[Array, "N T H d"]:
     """Causal attention inside the segments of each row: token i sees j ≤ i of its own segment, and
     with a window only those with i − j < window. The scale is in `q`."""
-    at = jnp.arange(q.shape[1])
-    back = at[:, None] - at[None, :]
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    T = q.shape[1]
+    starts = range(0, T, QUERY_BLOCK)
+    outputs = []
+    for start, end in ((start, min(start + QUERY_BLOCK, T)) for start in starts):
+        attend = functools.partial(_attend_block, start=start)
+        if len(starts) > 1:
+            attend = jax.checkpoint(attend)  # the scores are computed anew in the backward pass
+        keys = k[:, :, :end], v[:, :, :end]  # nothing later is visible
+        outputs.append(attend(q[:, start:end], *keys, segment_ids[:, :end], window))
+    return outputs[0] if len(starts) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def _attend_block(
+    q: Float[Array, "N Q H d"],
+    k: Float[Array, "N K T d"],
+    v: Float[Array, "N K T d"],
+    segment_ids: Int[Array, "N T"],
+    window: Int[Array, ""] | None,
+    *,
+    start: int,
+) -> Float[Array, "N Q H d"]:
+    """`attend_rows` for the queries from column `start` on, over the keys up to the last of
+    them."""
+    columns = jnp.arange(k.shape[2])
+    back = columns[start:, None] - columns[None, :]
     near = back >= 0 if window is None else (back >= 0) & (back < window)
-    visible = near[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return _grouped_attention(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), visible)
+    own = segment_ids[:, start:, None] == segment_ids[:, None, :]
+    return _grouped_attention(q, k, v, near[None] & own)
 
 
 def attend_cache(

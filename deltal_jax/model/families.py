@@ -13,12 +13,16 @@ from deltal_jax.model.transformer import Architecture, RopeScaling
 
 Config = dict[str, Any]
 
+#: Activations, by their names in `config.json` (`hidden_act`, or Gemma's `hidden_activation`).
+ACTIVATION_NAMES = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
 
 def architecture_of(config: Config) -> Architecture:
     """The architecture that a `config.json` describes, in its old or new form.
 
     Raises UserError, naming what is supported, for an unknown architecture, a mixture of experts,
-    quantised weights, or a rope type that the decoder does not have.
+    quantised weights, an activation or a rope type that the decoder does not have, and for a config
+    that lacks a field.
     """
     names = config.get("architectures") or ["none"]
     family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
@@ -34,7 +38,10 @@ def architecture_of(config: Config) -> Architecture:
             "model.path: a mixture of experts is not supported; supported are "
             f"{', '.join(FAMILIES)}"
         )
-    return family(config)
+    try:
+        return family(config)
+    except KeyError as error:
+        raise UserError(f"model.path: config.json has no field {error}") from None
 
 
 def _common(config: Config) -> dict[str, Any]:
@@ -48,7 +55,18 @@ def _common(config: Config) -> dict[str, Any]:
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         d_ff=config["intermediate_size"],
         norm_epsilon=config["rms_norm_eps"],
+        activation=_activation(config),
     )
+
+
+def _activation(config: Config) -> str:
+    name = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+    if name not in ACTIVATION_NAMES:
+        raise UserError(
+            f"model.path: activation {name!r} is not supported; supported are "
+            f"{', '.join(ACTIVATION_NAMES)}"
+        )
+    return ACTIVATION_NAMES[name]
 
 
 def _rope(parameters: Config) -> tuple[float, RopeScaling | None]:
@@ -80,12 +98,12 @@ def _rope_parameters(config: Config) -> Config:
 
 def _windows(config: Config, default: bool) -> dict[str, Any]:
     """Sliding windows: which layers have one. `default`: whether the window counts by itself."""
-    window, layers = config.get("sliding_window"), config["num_hidden_layers"]
+    window, layers = config.get("sliding_window", 4096), config["num_hidden_layers"]
     if not window or not config.get("use_sliding_window", default):
         return {}
     kinds = config.get("layer_types")
     if kinds is None:
-        first = config.get("max_window_layers", 0)
+        first = config.get("max_window_layers", 28)
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     local = tuple(kind == "sliding_attention" for kind in kinds)
     return {"sliding_window": window, "local_layers": local} if any(local) else {}
@@ -106,7 +124,7 @@ def _qwen2(config: Config) -> Architecture:
 def _qwen3(config: Config) -> Architecture:
     theta, scaling = _rope(_rope_parameters(config))
     return Architecture(
-        **_common(config),
+        **_common({"head_dim": 128} | config),
         **_windows(config, default=False),
         tied_embeddings=config.get("tie_word_embeddings", False),
         rope_theta=theta,
@@ -152,7 +170,7 @@ def _gemma3(config: Config) -> Architecture:
         "full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)
     ]
     return Architecture(
-        **_common(config),
+        **_common({"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh"} | config),
         **_windows(config | {"layer_types": kinds}, default=True),
         tied_embeddings=config.get("tie_word_embeddings", True),
         rope_theta=theta,
@@ -161,7 +179,6 @@ def _gemma3(config: Config) -> Architecture:
         qkv_bias=config.get("attention_bias", False),
         output_bias=config.get("attention_bias", False),
         qk_norm=True,
-        activation="gelu_tanh",
         norm_offset=1.0,
         post_norms=True,
         embed_scale=float(config["hidden_size"]) ** 0.5,

@@ -34,13 +34,20 @@ SHARD_BYTES = 5 * 10**9
 
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint folder. Raises UserError where there is none, or no JSON."""
-    path = folder / CONFIG
+    if not (folder / CONFIG).exists():
+        raise UserError(f"model.path: {folder} has no {CONFIG}")
+    return _read_object(folder / CONFIG)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"model.path: {folder} has no {CONFIG}") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"model.path: {path} holds no JSON object")
+    return found
 
 
 class TensorFiles:
@@ -50,8 +57,10 @@ class TensorFiles:
         self.folder = folder
         names = [SINGLE]
         if (folder / INDEX).is_file():
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            names = sorted(set(index["weight_map"].values()))
+            index = _read_object(folder / INDEX).get("weight_map")
+            if not isinstance(index, dict):
+                raise UserError(f"model.path: {folder / INDEX} has no weight_map")
+            names = sorted(set(index.values()))
         elif not (folder / SINGLE).is_file():
             raise UserError(f"model.path: {folder} has neither {SINGLE} nor {INDEX}")
         self._home: dict[str, Any] = {}
@@ -96,8 +105,12 @@ def load_params(
     def load(path: Any, shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
         tensor = names[_name(path)]
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
-            return _read(files, tensor, index, shape.shape).astype(dtype)
+        parts: dict[str, np.ndarray] = {}  # devices that hold the same slice share one read
+
+        def read(index: Any) -> np.ndarray:
+            if str(index) not in parts:
+                parts[str(index)] = _read(files, tensor, index, shape.shape, dtype)
+            return parts[str(index)]
 
         return jax.make_array_from_callback(shape.shape, sharding, read)
 
@@ -109,25 +122,40 @@ def save_params(
 ) -> None:
     """Write parameters as safetensors shards of at most 5 GB with their index, in a folder that
     exists."""
-    shards: list[dict[str, np.ndarray]] = [{}]
+    written: list[list[str]] = []  # names of the tensors of each shard
+    shard: dict[str, np.ndarray] = {}
     size, total = 0, 0
+
+    def write() -> None:
+        # How many there will be, which their names say, is known only at the end.
+        _save(shard, folder / f"{len(written)}.part")
+        written.append(list(shard))
+        shard.clear()
+
     for name, tensor in _tensors(params, arch, dtype):
         if size and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
+            write()
             size = 0
-        shards[-1][name] = tensor
+        shard[name] = tensor
         size += tensor.nbytes
         total += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+    write()
+    if len(written) == 1:
+        (folder / "0.part").rename(folder / SINGLE)
         return
     weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
+    for number, names in enumerate(written):
+        file = f"model-{number + 1:05d}-of-{len(written):05d}.safetensors"
+        (folder / f"{number}.part").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """A safetensors file that others may read: the library makes it for its owner alone."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def export(
@@ -196,7 +224,11 @@ def _check(
 
 
 def _read(
-    files: TensorFiles, tensor: TensorName, index: tuple[slice, ...], shape: tuple[int, ...]
+    files: TensorFiles,
+    tensor: TensorName,
+    index: tuple[slice, ...],
+    shape: tuple[int, ...],
+    dtype: Any,
 ) -> np.ndarray:
     """The slice of one parameter of ours, from one tensor or from one a layer."""
 
@@ -204,9 +236,12 @@ def _read(
         return files.view(name)[own[::-1]].T if tensor.transposed else files.view(name)[own]
 
     if "{layer}" not in tensor.name:
-        return part(tensor.name, index)
-    layers = range(*index[0].indices(shape[0]))
-    return np.stack([part(tensor.name.format(layer=i), index[1:]) for i in layers])
+        return part(tensor.name, index).astype(dtype, copy=False)
+    ranges = [range(*own.indices(size)) for own, size in zip(index, shape, strict=True)]
+    found = np.empty([len(numbers) for numbers in ranges], dtype)
+    for row, layer in zip(found, ranges[0], strict=True):
+        row[...] = part(tensor.name.format(layer=layer), index[1:])
+    return found
 
 
 def _tensors(params: Any, arch: Architecture, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
