@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from deltal_jax.model.huggingface import abstract_params
 from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.parallel.sharding import (
     MESH_AXES,
@@ -24,7 +25,7 @@ from deltal_jax.parallel.sharding import (
     wholly_replicated,
 )
 from deltal_jax.types import Bucket, TrainState
-from tests.fakes import GROUPED, PLAIN, model
+from tests.fakes import FAMILIES, GROUPED, PLAIN, model
 from tests.processes import run_processes
 
 
@@ -35,8 +36,9 @@ def paths(tree) -> dict:
 
 
 def test_every_parameter_of_the_model_has_a_row_and_every_row_a_parameter():
-    assert set(paths(model(PLAIN)[1])) == set(PARAMETER_AXES)
-    assert set(paths(model(GROUPED)[1])) < set(PARAMETER_AXES)
+    architectures = [PLAIN, GROUPED, *FAMILIES.values()]
+    found = {path for arch in architectures for path in paths(abstract_params(arch))}
+    assert found == set(PARAMETER_AXES)
     assert {axis for axes in PARAMETER_AXES.values() for axis in axes} == set(MESH_AXES)
 
 

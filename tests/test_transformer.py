@@ -10,10 +10,23 @@ import pytest
 from flax import nnx
 
 from deltal_jax.model.attention import attend_rows, rope
-from deltal_jax.model.transformer import init_model, parameter_count, split_model
+from deltal_jax.model.transformer import (
+    GatedMLP,
+    RMSNorm,
+    RopeScaling,
+    init_model,
+    parameter_count,
+    rope_frequencies,
+    split_model,
+)
 from tests import fakes
 
-ARCHITECTURES = pytest.mark.parametrize("arch", [fakes.PLAIN, fakes.GROUPED], ids=["plain", "gqa"])
+KINDS = {"plain": fakes.PLAIN, "gqa": fakes.GROUPED, **fakes.FAMILIES}
+ARCHITECTURES = pytest.mark.parametrize("arch", KINDS.values(), ids=KINDS)
+#: Of most rows: a shape is a compilation.
+SHAPE = (3, 16)
+#: One layer that sees four tokens, so that a window is seen in the logits.
+WINDOWED = dataclasses.replace(fakes.SHALLOW, sliding_window=4, local_layers=(True,))
 
 
 def tokens_of(shape, seed=0):
@@ -23,7 +36,7 @@ def tokens_of(shape, seed=0):
 @ARCHITECTURES
 def test_a_later_token_changes_nothing_before_it(arch):
     params = fakes.model(arch)[1]
-    first = tokens_of((2, 12))
+    first = tokens_of(SHAPE)
     second = first.copy()
     second[:, 7] = (second[:, 7] + 5) % 23
     a, b = (fakes.forward(arch, params, t) for t in (first, second))
@@ -53,8 +66,8 @@ def test_right_padding_and_row_neighbours_change_no_logits(arch):
     params = fakes.model(arch)[1]
     row = tokens_of((1, 8))
     alone = fakes.forward(arch, params, row)
-    padded = np.concatenate([row, tokens_of((1, 5), 1)], axis=1)
-    together = np.concatenate([padded, tokens_of((2, 13), 2)])
+    together = tokens_of(SHAPE, 1)
+    together[:1, :8] = row
     got = fakes.forward(arch, params, together)[:1, :8]
     np.testing.assert_allclose(got, alone, atol=2e-5)
 
@@ -62,13 +75,16 @@ def test_right_padding_and_row_neighbours_change_no_logits(arch):
 @ARCHITECTURES
 def test_segments_packed_into_a_row_do_not_see_each_other(arch):
     params = fakes.model(arch)[1]
-    a, b = tokens_of((1, 6), 3), tokens_of((1, 5), 4)
-    packed = np.concatenate([a, b], axis=1)
-    positions = np.concatenate([np.arange(6), np.arange(5)])[None]
-    segments = np.asarray([[0] * 6 + [1] * 5])
+    apart = tokens_of(SHAPE, 3)
+    packed = apart.copy()
+    packed[0, 9:] = apart[1, :7]
+    positions = np.stack([np.concatenate([np.arange(9), np.arange(7)]), *[np.arange(16)] * 2])
+    segments = np.zeros(SHAPE, int)
+    segments[0, 9:] = 1
     got = fakes.forward(arch, params, packed, positions, segments)[0]
-    want = np.concatenate([fakes.forward(arch, params, x)[0] for x in (a, b)])
-    np.testing.assert_allclose(got, want, atol=2e-5)
+    want = fakes.forward(arch, params, apart)
+    np.testing.assert_allclose(got[:9], want[0, :9], atol=2e-5)
+    np.testing.assert_allclose(got[9:], want[1, :7], atol=2e-5)
 
 
 @ARCHITECTURES
@@ -77,7 +93,7 @@ def test_cached_decoding_equals_the_full_forward(arch):
     prefill = jax.jit(lambda *a: nnx.merge(graphdef, params).prefill(*a))
     decode = jax.jit(lambda *a: nnx.merge(graphdef, params).decode(*a))
     prompts = fakes.prompts(3)
-    tokens = tokens_of((3, 16), 5)
+    tokens = tokens_of(SHAPE, 5)
     for row, length in enumerate(prompts.lengths):
         tokens[row, :length] = prompts.tokens[row, :length]
     full = fakes.forward(arch, params, tokens)
@@ -118,16 +134,16 @@ def test_remat_changes_no_gradient():
 
 
 def test_rope_scores_depend_on_the_distance_alone():
-    turn = jax.jit(rope, static_argnums=2)
+    turn, frequencies = jax.jit(rope), 100.0 ** -(jnp.arange(4) / 4)
     q, k = jax.random.normal(jax.random.key(1), (2, 1, 1, 1, 8))
 
     def score(i, j):
-        at = [turn(x, jnp.full((1, 1), p), 100.0) for x, p in ((q, i), (k, j))]
+        at = [turn(x, jnp.full((1, 1), p), frequencies) for x, p in ((q, i), (k, j))]
         return float(jnp.sum(at[0] * at[1]))
 
     assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-4)
     assert abs(score(9, 4) - score(9, 5)) > 1e-3
-    turned = turn(q, jnp.full((1, 1), 7), 100.0)
+    turned = turn(q, jnp.full((1, 1), 7), frequencies)
     assert float(jnp.linalg.norm(turned)) == pytest.approx(float(jnp.linalg.norm(q)), rel=1e-5)
 
 
@@ -136,7 +152,7 @@ def test_grouped_attention_equals_attention_with_repeated_heads():
     q = jax.random.normal(keys[0], (2, 7, 6, 4))
     k, v = (jax.random.normal(key, (2, 7, 2, 4)) for key in keys[1:])
     segments = jnp.asarray([[0] * 7, [0, 0, 0, 1, 1, 1, 1]])
-    got = np.asarray(jax.jit(attend_rows)(q, k, v, segments))
+    got = np.asarray(jax.jit(attend_rows)(q / 2.0, k, v, segments))
     for n in range(2):
         for head in range(6):
             scores = np.asarray(q[n, :, head] @ k[n, :, head // 3].T) / 2.0
@@ -147,7 +163,189 @@ def test_grouped_attention_equals_attention_with_repeated_heads():
             np.testing.assert_allclose(got[n, :, head], want, atol=1e-5)
 
 
-@ARCHITECTURES
+def seen_from(j, tokens, logits):
+    """Positions of one row whose logits change with token j."""
+    other = tokens.copy()
+    other[:, j] = (other[:, j] + 5) % 23
+    change = np.abs(logits(tokens) - logits(other)).max(axis=-1)[0]
+    assert ((change == 0) | (change > 1e-5)).all()
+    return np.flatnonzero(change).tolist()
+
+
+def test_in_a_window_a_token_sees_so_many_tokens_itself_included():
+    params = fakes.model(WINDOWED)[1]
+    tokens = tokens_of((1, 12), 6)
+    seen = seen_from(3, tokens, lambda t: fakes.forward(WINDOWED, params, t))
+    assert seen == [3, 4, 5, 6]
+
+
+def test_a_window_ends_where_its_segment_ends():
+    params = fakes.model(WINDOWED)[1]
+    tokens = tokens_of((1, 12), 6)
+    positions = np.concatenate([np.arange(5), np.arange(7)])[None]
+    segments = np.asarray([[0] * 5 + [1] * 7])
+
+    def logits(t):
+        return fakes.forward(WINDOWED, params, t, positions, segments)
+
+    assert seen_from(3, tokens, logits) == [3, 4]
+    assert seen_from(5, tokens, logits) == [5, 6, 7, 8]
+    alone = fakes.forward(WINDOWED, params, np.roll(tokens, -5, axis=1))
+    np.testing.assert_allclose(logits(tokens)[:, 5:], alone[:, :7], atol=2e-5)
+
+
+def test_a_window_is_the_same_in_the_cache():
+    graphdef, params = fakes.model(WINDOWED)
+    prefill = jax.jit(lambda *a: nnx.merge(graphdef, params).prefill(*a))
+    decode = jax.jit(lambda *a: nnx.merge(graphdef, params).decode(*a))
+
+    def logits(tokens):
+        """Logits at the positions 4 to 11, all but the first by decoding."""
+        found, cache = prefill(jnp.asarray(tokens[:, :5]), jnp.asarray([5]))
+        cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 7), (0, 0))), cache)
+        rows = [found]
+        for at in range(5, 12):
+            found, cache = decode(jnp.asarray(tokens[:, at]), jnp.asarray([at]), cache)
+            rows.append(found)
+        return np.stack(rows, axis=1)
+
+    tokens = tokens_of((1, 12), 6)
+    for j, seen in {2: [4, 5], 4: [4, 5, 6, 7], 6: [6, 7, 8, 9], 10: [10, 11]}.items():
+        assert [at + 4 for at in seen_from(j, tokens, logits)] == seen
+
+
+def test_a_window_as_long_as_the_row_changes_nothing():
+    params = fakes.model(WINDOWED)[1]
+    tokens = tokens_of((1, 12), 6)
+    wide = dataclasses.replace(WINDOWED, sliding_window=12)
+    full = fakes.forward(fakes.SHALLOW, params, tokens)
+    np.testing.assert_array_equal(fakes.forward(wide, params, tokens), full)
+    assert np.abs(fakes.forward(WINDOWED, params, tokens) - full).max() > 1e-2
+
+
+def test_linear_rope_turns_as_much_slower_as_its_factor():
+    arch = dataclasses.replace(
+        fakes.PLAIN, head_dim=8, rope_theta=500.0, rope_scaling=RopeScaling(4.0)
+    )
+    want = [500.0 ** (-2 * i / 8) / 4.0 for i in range(4)]
+    np.testing.assert_allclose(rope_frequencies(arch, False), want, rtol=1e-6)
+
+
+def test_llama3_rope_slows_what_turns_slowly_and_leaves_what_turns_fast():
+    theta, factor, low, high, length = 500_000.0, 8.0, 1.0, 4.0, 64
+    arch = dataclasses.replace(
+        fakes.PLAIN,
+        head_dim=32,
+        rope_theta=theta,
+        rope_scaling=RopeScaling(factor, low, high, length),
+    )
+    want = []
+    for i in range(16):
+        wavelength = 2 * np.pi * theta ** (2 * i / 32)
+        if wavelength > length / low:
+            wavelength *= factor
+        elif wavelength > length / high:
+            share = (length / wavelength - low) / (high - low)
+            wavelength = 1 / (share / wavelength + (1 - share) / (wavelength * factor))
+        want.append(2 * np.pi / wavelength)
+    got = np.asarray(rope_frequencies(arch, False))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    slower = theta ** -(np.arange(16) / 16) / got
+    assert {round(float(x), 3) for x in slower[[0, 1, -2, -1]]} == {1.0, 8.0}
+    assert ((slower > 1.001) & (slower < 7.999)).any()
+
+
+def test_local_layers_have_their_own_rope_base_without_scaling():
+    arch = fakes.FAMILIES["gemma3"]
+    local, full = (np.asarray(rope_frequencies(arch, which)) for which in (True, False))
+    np.testing.assert_allclose(local, 100.0 ** -(np.arange(3) / 3), rtol=1e-6)
+    np.testing.assert_allclose(full, 500.0 ** -(np.arange(3) / 3) / 2.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_a_norm_with_an_offset_scales_and_then_rounds_and_one_without_rounds_first(dtype):
+    x = jax.random.normal(jax.random.key(0), (3, 64)).astype(dtype)
+    scale = (0.3 * jax.random.normal(jax.random.key(1), (64,))).astype(dtype)
+    wide = np.asarray(x, np.float32)
+    normed = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
+
+    def norm(offset):
+        made = RMSNorm(64, dataclasses.replace(fakes.PLAIN, norm_offset=offset))
+        np.testing.assert_array_equal(made.scale[...], np.full(64, 1.0 - offset))
+        made.scale[...] = scale
+        found = made(x)
+        assert found.dtype == dtype
+        return np.asarray(found, np.float32)
+
+    def rounded(values):
+        return np.asarray(jnp.asarray(values).astype(dtype), np.float32)
+
+    scaled = np.asarray(scale, np.float32)[None]
+    ulp = 0.0 if dtype == jnp.bfloat16 else 2e-6
+    np.testing.assert_allclose(norm(1.0), rounded(normed * (1.0 + scaled)), atol=ulp)
+    np.testing.assert_allclose(norm(0.0), rounded(rounded(normed) * scaled), atol=ulp)
+
+
+def test_a_post_norm_of_zero_leaves_the_residual_and_one_hides_the_size_of_what_it_norms():
+    arch = dataclasses.replace(fakes.SHALLOW, post_norms=True)
+    params = fakes.model(arch)[1]
+    tokens = tokens_of((1, 12), 8)
+    plain = fakes.forward(arch, params, tokens)
+
+    def changed(suffixes, factor):
+        def change(path, x):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return x * factor if name.endswith(suffixes) else x
+
+        return fakes.forward(arch, jax.tree_util.tree_map_with_path(change, params), tokens)
+
+    larger = changed(("o/kernel", "down/kernel"), 3.0)
+    np.testing.assert_allclose(larger, plain, atol=2e-5)
+    silent = changed(("post_norm/scale",), 0.0)
+    x = np.asarray(params["embed"]["embedding"])[tokens]
+    normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(silent, normed @ np.asarray(params["head"]["kernel"]), atol=2e-5)
+    assert np.abs(silent - plain).max() > 1e-2
+
+
+def test_the_query_scale_stands_for_the_root_of_the_head_dimension():
+    scaled = dataclasses.replace(fakes.SHALLOW, query_scale=0.7)
+    params = fakes.model(fakes.SHALLOW)[1]
+    tokens = tokens_of((1, 12), 8)
+    kernel = params["blocks"]["attention"]["q"]["kernel"]
+    attention = params["blocks"]["attention"] | {"q": {"kernel": kernel * 0.7 * 8**0.5}}
+    turned = params | {"blocks": params["blocks"] | {"attention": attention}}
+    want = fakes.forward(fakes.SHALLOW, turned, tokens)
+    np.testing.assert_allclose(fakes.forward(scaled, params, tokens), want, atol=2e-5)
+    assert np.abs(fakes.forward(fakes.SHALLOW, params, tokens) - want).max() > 1e-2
+
+
+def test_the_embedding_scale_counts_at_the_input_and_not_at_a_tied_head():
+    tied = dataclasses.replace(fakes.SHALLOW, tied_embeddings=True, embed_scale=5.0)
+    untied = dataclasses.replace(fakes.SHALLOW)
+    params = fakes.model(tied)[1]
+    embedding = params["embed"]["embedding"]
+    written = params | {"embed": {"embedding": 5.0 * embedding}, "head": {"kernel": embedding.T}}
+    tokens = tokens_of((1, 12), 8)
+    got = fakes.forward(tied, params, tokens)
+    np.testing.assert_allclose(got, fakes.forward(untied, written, tokens), atol=2e-5)
+    assert np.abs(got).max() > 0.1
+
+
+def test_the_feed_forward_has_the_activation_of_its_family():
+    x = np.random.default_rng(0).normal(size=(1, 4, 16)).astype(np.float32)
+    curves = {
+        "silu": lambda g: g / (1 + np.exp(-g)),
+        "gelu_tanh": lambda g: 0.5 * g * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))),
+    }
+    for name, curve in curves.items():
+        mlp = GatedMLP(dataclasses.replace(fakes.PLAIN, activation=name), nnx.Rngs(0))
+        gate, up, down = (np.asarray(layer.kernel[...]) for layer in (mlp.gate, mlp.up, mlp.down))
+        want = (curve(x @ gate) * (x @ up)) @ down
+        np.testing.assert_allclose(mlp(jnp.asarray(x)), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", [fakes.PLAIN, fakes.GROUPED], ids=["plain", "gqa"])
 def test_parameter_count_is_that_of_the_real_model(arch):
     _, params = split_model(init_model(arch, jax.random.key(0)))
     assert parameter_count(arch) == sum(x.size for x in jax.tree.leaves(params))
@@ -173,3 +371,34 @@ def test_the_benchmark_model_is_an_architecture():
         d_ff=1024,
     )
     assert parameter_count(arch) == 4_458_752
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_rows_in_query_blocks_equal_whole_rows_in_value_and_gradient(window, monkeypatch):
+    """Packed rows, grouped heads, with and without a window; the last block is a short one."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(2, 50, 4, 8)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(2, 50, 2, 8)), jnp.float32) for _ in range(2))
+    segments = jnp.asarray(np.sort(rng.integers(0, 4, (2, 50)), axis=1))
+    limit = None if window is None else jnp.asarray(window)
+
+    def total(q, k, v):
+        return jnp.sum(jnp.sin(attend_rows(q, k, v, segments, limit)))
+
+    whole = jax.value_and_grad(total, (0, 1, 2))(q, k, v)
+    monkeypatch.setattr("deltal_jax.model.attention.QUERY_BLOCK", 16)
+    blocks = jax.value_and_grad(total, (0, 1, 2))(q, k, v)
+    chex.assert_trees_all_close(blocks, whole, atol=1e-5)
+
+
+def test_memory_of_attention_grows_with_the_length_and_not_with_its_square():
+    def temporaries(T):
+        def total(q, k, v):
+            return jnp.sum(attend_rows(q, k, v, jnp.zeros((1, T), int)))
+
+        shape = jax.ShapeDtypeStruct((1, T, 4, 16), jnp.float32)
+        compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(shape, shape, shape).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(16_384) < 8 * temporaries(4_096)
+    assert temporaries(16_384) < 4 * 16_384**2  # the scores of one head alone

@@ -5,13 +5,14 @@ import os
 import sys
 
 from deltal_jax import __version__
-from deltal_jax.cli import bench, configs, evaluate, sample, train, weights
+from deltal_jax.cli import bench, configs, evaluate, export, sample, train, weights
 from deltal_jax.errors import UserError
 
 COMMANDS = {
     "train": train,
     "evaluate": evaluate,
     "sample": sample,
+    "export": export,
     "weights": weights,
     "bench": bench,
     "configs": configs,

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -47,15 +48,19 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print(problem.prompt, end="", flush=True)
     ids: list[int] = []
+
+    def response() -> Iterator[int]:
+        for token in engine.stream(trained.params, prompts, jax.random.key(arguments.seed)):
+            if token in setup.tokenizer.eos_ids:
+                return
+            ids.append(token)
+            yield token
+
     text = ""
-    for token in engine.stream(trained.params, prompts, jax.random.key(arguments.seed)):
-        if token in setup.tokenizer.eos_ids:
-            break
-        ids.append(token)
-        grown = setup.tokenizer.decode(ids)
+    for part in setup.tokenizer.stream(response()):
         if not arguments.json:
-            print((" " if not text else "") + grown[len(text) :], end="", flush=True)
-        text = grown
+            print((" " if not text else "") + part, end="", flush=True)
+        text += part
     truncated = len(ids) == config.rollout.max_response_length
     verdict = setup.task.verify(text, problem.answer)
     if arguments.json:

@@ -26,7 +26,7 @@ def encode_prompts(
     tokens = np.zeros((len(problems), width), np.int32)
     lengths = np.zeros(len(problems), np.int32)
     for row, problem in enumerate(problems):
-        ids = [tokenizer.bos_id, *tokenizer.encode(problem.prompt)]
+        ids = tokenizer.encode(problem.prompt, bos=True)
         if len(ids) > width:
             raise UserError(
                 f"rollout.max_prompt_length: {width} is too short for {problem.prompt!r}, which "

@@ -1,11 +1,34 @@
-"""Tokenizers: SentencePiece models, loaded from bytes or trained on a small closed vocabulary."""
+"""Tokenizers: Hugging Face's `tokenizer.json`, and SentencePiece models, which may also be trained
+on a small closed vocabulary.
 
+A tokenizer is the files of a checkpoint folder that say what ids mean. They travel together: in a
+run's checkpoint as bytes, in an exported folder as they came.
+"""
+
+import dataclasses
+import functools
 import io
-from typing import Protocol
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 import sentencepiece
 
 from deltal_jax.errors import UserError
+
+TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+SPECIAL_TOKENS, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
+#: The model's: read for its EOS ids, never exported from here.
+CONFIG = "config.json"
+SETTINGS = (TOKENIZER_CONFIG, SPECIAL_TOKENS, TEMPLATE, GENERATION_CONFIG, CONFIG)
+FILES = (TOKENIZER, SENTENCEPIECE, *SETTINGS)
+#: The names of single bytes in a vocabulary that falls back to them.
+BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+#: How the bytes of several files begin. A SentencePiece model begins with 0x0A.
+ARCHIVE_MAGIC = b"PK"
 
 
 class Tokenizer(Protocol):
@@ -13,43 +36,166 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids."""
+        """One above the highest id. The model may have more rows."""
         ...
 
     @property
-    def bos_id(self) -> int:
-        """The id that starts a prompt."""
+    def bos_id(self) -> int | None:
+        """The id that starts a prompt; None where prompts start with their own first id."""
         ...
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a response."""
+        """The ids that end a response; the first is the one to end a demonstration with."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text, without BOS or EOS. Raises UserError on text it has no pieces for."""
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The text of special tokens by name (`bos_token`, `eos_token`, …), for templates."""
+        ...
+
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """Chat templates by name; the usual one is `default`."""
+        ...
+
+    def encode(self, text: str, *, bos: bool = False) -> list[int]:
+        """Ids of the text, after BOS if asked and if there is one; never EOS.
+
+        Raises UserError on text it has no pieces for.
+        """
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids; control pieces decode to nothing."""
+        """The text of ids; control pieces, and ids of no piece, decode to nothing."""
+        ...
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text as its ids arrive, in whole characters; the parts join to `decode` of all ids."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """What a checkpoint folder needs of it, by file name."""
         ...
 
     def to_bytes(self) -> bytes:
-        """The serialised model."""
+        """The tokenizer for `load_tokenizer`."""
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the files beside a tokenizer's model say about it."""
+
+    special_tokens: dict[str, str]
+    chat_templates: dict[str, str]
+    eos_ids: tuple[int, ...]  # () where neither generation config nor model config names any
+    add_bos: bool  # of a SentencePiece model: a tokenizer.json says it itself
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json` with the files beside it, by their names in a checkpoint folder."""
+
+    def __init__(self, files: Mapping[str, bytes]):
+        import tokenizers
+
+        self._files = _known(files)
+        settings = read_settings(files)
+        self.special_tokens = settings.special_tokens
+        self.chat_templates = settings.chat_templates
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(files[TOKENIZER])
+        except ValueError as error:
+            raise UserError(f"model.path: {TOKENIZER} cannot be read: {error}") from error
+        # Both may be stored in the file, from how somebody called it last.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        ids = self._tokenizer.get_vocab()
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        self._joining = {ids[piece] for piece in BYTE_PIECES if piece in ids}
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._joining |= {i for i, token in added.items() if token.special}
+        self.eos_ids = _eos_ids(settings, self._tokenizer.token_to_id)
+        self.bos_id = self._find_bos()
+        # Byte-level models have none: they have a piece for every byte.
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        self._unknown_id = self._tokenizer.token_to_id(unknown) if unknown else None
+
+    def _find_bos(self) -> int | None:
+        """What the post-processor puts before text. Neither a `bos_token` nor an `add_bos_token`
+        in the config counts beside a tokenizer.json: transformers goes by the post-processor."""
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        return None if whole[: len(plain)] == plain else whole[0]
+
+    def encode(self, text: str, *, bos: bool = False) -> list[int]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = encoding.ids
+        if self._unknown_id is not None and self._unknown_id in ids:
+            start, end = encoding.offsets[ids.index(self._unknown_id)]
+            raise UserError(f"prompt: {text[start:end]!r} is not in the vocabulary")
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        from tokenizers.decoders import DecodeStream
+
+        decoder, seen, shown = DecodeStream(skip_special_tokens=True), [], 0
+        held: list[int] = []
+        for token in ids:
+            seen.append(token)
+            held.append(token)
+            if self._joins_next(token):
+                continue
+            part = decoder.step(self._tokenizer, held)
+            held = []
+            if part:
+                shown += len(part)
+                yield part
+        yield from filter(None, [self.decode(seen)[shown:]])
+
+    def _joins_next(self, token: int) -> bool:
+        """Whether the text so far may change with the next id: after a byte piece, as a run of them
+        is text only as a whole, and after a token without text, which doesn't end such a run.
+
+        `DecodeStream` raises when text that it gave out changes.
+        """
+        return token in self._joining or self._tokenizer.id_to_token(token) is None
+
+    def files(self) -> dict[str, bytes]:
+        return _exported(self._files)
+
+    def to_bytes(self) -> bytes:
+        return self._archive
+
+    @functools.cached_property
+    def _archive(self) -> bytes:
+        return _pack(self._files)
+
+
 class SentencePieceTokenizer:
-    """A SentencePiece model held as bytes, so that a checkpoint can carry it."""
+    """A SentencePiece model held as bytes, with the files beside it where it came from a folder.
 
-    def __init__(self, model: bytes):
-        self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    Control pieces cannot be typed, so it takes no chat template.
+    """
+
+    def __init__(self, model: bytes, files: Mapping[str, bytes] | None = None):
+        self._files = _known(files or {}) | {SENTENCEPIECE: model}
+        settings = read_settings(self._files)
+        self.special_tokens = settings.special_tokens
+        self.chat_templates: dict[str, str] = {}
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError(f"model.path: {SENTENCEPIECE} cannot be read: {error}") from error
         self.vocab_size = self._processor.vocab_size()
-        self.bos_id = self._processor.bos_id()
-        self.eos_ids = (self._processor.eos_id(),)
+        bos, eos = self._processor.bos_id(), self._processor.eos_id()
+        self.bos_id = bos if settings.add_bos and bos >= 0 else None
+        self.eos_ids = _eos_ids(settings, lambda _: None if eos < 0 else eos)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, bos: bool = False) -> list[int]:
         ids = self._processor.encode(text)
         if self._processor.unk_id() in ids:
             pieces = self._processor.encode(text, out_type=str)
@@ -59,13 +205,60 @@ class SentencePieceTokenizer:
             raise UserError(
                 f"prompt: {unknown.replace('▁', ' ').strip()!r} is not in the vocabulary"
             )
-        return ids
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._processor.decode(ids)
+        return self._processor.decode([i for i in ids if i < self.vocab_size])
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        seen, shown = [], 0
+        for token in ids:
+            seen.append(token)
+            text = self.decode(seen)
+            if len(text) > shown and not text.endswith("\ufffd"):  # bytes may be still to come
+                yield text[shown:]
+                shown = len(text)
+        yield from filter(None, [self.decode(seen)[shown:]])
+
+    def files(self) -> dict[str, bytes]:
+        return _exported(self._files)
 
     def to_bytes(self) -> bytes:
-        return self._model
+        alone = self._files.keys() == {SENTENCEPIECE}
+        return self._files[SENTENCEPIECE] if alone else _pack(self._files)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder: `tokenizer.json`, or else `tokenizer.model`.
+
+    Raises UserError where there is neither, or where a file is broken.
+    """
+    try:
+        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    except OSError as error:
+        raise UserError(f"model.path: {folder} cannot be read: {error}") from error
+    if TOKENIZER not in files and SENTENCEPIECE not in files:
+        raise UserError(f"model.path: {folder} has neither {TOKENIZER} nor {SENTENCEPIECE}")
+    return _from_files(files)
+
+
+def load_tokenizer(data: bytes) -> Tokenizer:
+    """The tokenizer that `to_bytes` gave, of either kind."""
+    if not data.startswith(ARCHIVE_MAGIC):
+        return SentencePieceTokenizer(data)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return _from_files({name: archive.read(name) for name in archive.namelist()})
+
+
+def read_settings(files: Mapping[str, bytes]) -> Settings:
+    """What the files beside the model say. Raises UserError for broken ones."""
+    tokenizer = _read_json(files, TOKENIZER_CONFIG)
+    return Settings(
+        special_tokens=_token_texts(_read_json(files, SPECIAL_TOKENS)) | _token_texts(tokenizer),
+        chat_templates=_templates(tokenizer.get("chat_template"), files),
+        eos_ids=_id_list(files, GENERATION_CONFIG) or _id_list(files, CONFIG),
+        add_bos=tokenizer.get("add_bos_token") is not False,
+    )
 
 
 def train_word_tokenizer(words: list[str]) -> SentencePieceTokenizer:
@@ -89,3 +282,79 @@ def train_word_tokenizer(words: list[str]) -> SentencePieceTokenizer:
         minloglevel=2,
     )
     return SentencePieceTokenizer(model.getvalue())
+
+
+def _from_files(files: Mapping[str, bytes]) -> Tokenizer:
+    if TOKENIZER in files:
+        return HuggingFaceTokenizer(files)
+    return SentencePieceTokenizer(files[SENTENCEPIECE], files)
+
+
+def _known(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name: files[name] for name in FILES if name in files}
+
+
+def _exported(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if name != CONFIG}
+
+
+def _pack(files: Mapping[str, bytes]) -> bytes:
+    """Files as one archive; the same files give the same bytes."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, content in files.items():
+            # A fresh ZipInfo is dated 1980: no clock in the bytes.
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+    return packed.getvalue()
+
+
+def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(files.get(name, b"{}"))
+    except ValueError as error:
+        raise UserError(f"model.path: {name} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"model.path: {name} holds no JSON object")
+    return content
+
+
+def _token_texts(config: dict[str, Any]) -> dict[str, str]:
+    """Special tokens by name; older files describe a token by an object with its `content`."""
+    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
+    texts = {n: v.get("content") if isinstance(v, dict) else v for n, v in tokens.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _templates(configured: Any, files: Mapping[str, bytes]) -> dict[str, str]:
+    """One template, or a list of named ones; a file of its own comes before either."""
+    try:
+        if TEMPLATE in files:
+            return {"default": files[TEMPLATE].decode()}
+        if isinstance(configured, list):
+            return {entry["name"]: entry["template"] for entry in configured}
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"model.path: the chat template cannot be read: {error!r}") from error
+    return {"default": configured} if configured else {}
+
+
+def _id_list(files: Mapping[str, bytes], name: str) -> tuple[int, ...]:
+    """`eos_token_id` of a file: one id, several or none."""
+    ids = _read_json(files, name).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise UserError(f"model.path: eos_token_id of {name} is {ids}, expected ids")
+    return tuple(ids)
+
+
+def _eos_ids(settings: Settings, token_to_id: Callable[[str], int | None]) -> tuple[int, ...]:
+    """The ids that the settings name, the tokenizer's own EOS first if it is among them: it ends a
+    turn, which is what a demonstration has to teach."""
+    own = token_to_id(settings.special_tokens.get("eos_token", ""))
+    if settings.eos_ids:
+        return tuple(sorted(settings.eos_ids, key=lambda i: i != own))
+    if own is None:
+        raise UserError(
+            f"model.path: no end of text: {GENERATION_CONFIG} needs eos_token_id, or "
+            f"{TOKENIZER_CONFIG} an eos_token that the tokenizer has"
+        )
+    return (own,)

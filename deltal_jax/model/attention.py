@@ -1,5 +1,7 @@
 """Rotary positions, attention over whole rows and over a cache."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -7,17 +9,19 @@ from jaxtyping import Array, Bool, Float, Int
 #: Added to the scores that a query may not see; finite, so that a row that sees nothing stays
 #: finite.
 MASKED = -1e30
+#: Queries that see their scores at once; longer rows are taken in blocks, so that memory grows with
+#: the length and not with its square.
+QUERY_BLOCK = 1024
 
 
 def rope(
-    x: Float[Array, "N T H d"], positions: Int[Array, "N T"], theta: float
+    x: Float[Array, "N T H d"], positions: Int[Array, "N T"], frequencies: Float[Array, " half"]
 ) -> Float[Array, "N T H d"]:
-    """Rotary position embedding, half-split: pairs are (x_j, x_{j + d/2}).
+    """Rotary position embedding, half-split: pairs are (x_j, x_{j + d/2}), turned by position ·
+    frequency_j.
 
     Source: Su et al., arXiv 2104.09864.
     """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     low, high = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
@@ -30,12 +34,39 @@ def attend_rows(
     k: Float[Array, "N T K d"],
     v: Float[Array, "N T K d"],
     segment_ids: Int[Array, "N T"],
+    window: Int[Array, ""] | None = None,
 ) -> Float[Array, "N T H d"]:
-    """Causal attention inside the segments of each row: token i sees j ≤ i of its own segment."""
+    """Causal attention inside the segments of each row: token i sees j ≤ i of its own segment, and
+    with a window only those with i − j < window. The scale is in `q`."""
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     T = q.shape[1]
-    causal = jnp.tril(jnp.ones((T, T), bool))
-    visible = causal[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return _grouped_attention(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), visible)
+    starts = range(0, T, QUERY_BLOCK)
+    outputs = []
+    for start, end in ((start, min(start + QUERY_BLOCK, T)) for start in starts):
+        attend = functools.partial(_attend_block, start=start)
+        if len(starts) > 1:
+            attend = jax.checkpoint(attend)  # the scores are computed anew in the backward pass
+        keys = k[:, :, :end], v[:, :, :end]  # nothing later is visible
+        outputs.append(attend(q[:, start:end], *keys, segment_ids[:, :end], window))
+    return outputs[0] if len(starts) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def _attend_block(
+    q: Float[Array, "N Q H d"],
+    k: Float[Array, "N K T d"],
+    v: Float[Array, "N K T d"],
+    segment_ids: Int[Array, "N T"],
+    window: Int[Array, ""] | None,
+    *,
+    start: int,
+) -> Float[Array, "N Q H d"]:
+    """`attend_rows` for the queries from column `start` on, over the keys up to the last of
+    them."""
+    columns = jnp.arange(k.shape[2])
+    back = columns[start:, None] - columns[None, :]
+    near = back >= 0 if window is None else (back >= 0) & (back < window)
+    own = segment_ids[:, start:, None] == segment_ids[:, None, :]
+    return _grouped_attention(q, k, v, near[None] & own)
 
 
 def attend_cache(
@@ -43,10 +74,12 @@ def attend_cache(
     k: Float[Array, "N K T d"],
     v: Float[Array, "N K T d"],
     positions: Int[Array, "N 1"],
+    window: Int[Array, ""] | None = None,
 ) -> Float[Array, "N 1 H d"]:
     """Attention of one new token a row over its cache, whose first `position + 1` entries are
-    valid."""
-    visible = jnp.arange(k.shape[2])[None, None, :] <= positions[:, :, None]
+    valid. The scale is in `q`."""
+    back = positions[:, :, None] - jnp.arange(k.shape[2])[None, None, :]
+    visible = back >= 0 if window is None else (back >= 0) & (back < window)
     return _grouped_attention(q, k, v, visible)
 
 
@@ -64,7 +97,7 @@ def _grouped_attention(
     """
     N, Q, H, d = q.shape
     K = k.shape[1]
-    grouped = (q * d**-0.5).reshape(N, Q, K, H // K, d).transpose(0, 2, 3, 1, 4)
+    grouped = q.reshape(N, Q, K, H // K, d).transpose(0, 2, 3, 1, 4)
     scores = jnp.einsum("nkgqd,nktd->nkgqt", grouped, k)
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     scores = jnp.where(visible[:, None, None], scores, MASKED)

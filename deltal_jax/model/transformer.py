@@ -1,4 +1,5 @@
-"""A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, gated
+feed-forward.
 
 The layers are stacked along a leading axis and scanned, so that compile time and the number of
 leaves do not grow with depth. `split_model` is called once; everything after is a pure function of
@@ -9,16 +10,25 @@ leaves do not grow with depth. `split_model` is called once; everything after is
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from deltal_jax.model.attention import attend_cache, attend_rows, rope
 from deltal_jax.model.cache import Cache, LayerCache, init_cache, write_token
+
+#: Whether a layer is a local one: known beforehand, or traced in a scan over layers.
+Local = bool | Bool[Array, ""]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 #: Up to this depth the scan over layers is unrolled: a quarter faster on CPU, and it still compiles
 #: soon.
@@ -26,8 +36,20 @@ UNROLLED_LAYERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Slower rotations for longer contexts: all by `factor` (linear) or, where the other fields are
+    given, only the slow ones (llama3)."""
+
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_length: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Architecture:
-    """The shape of the model. `head_dim` need not be d_model / heads."""
+    """The shape of the model, and all in which families differ. `head_dim` need not be
+    d_model / heads."""
 
     vocab: int
     layers: int
@@ -41,6 +63,43 @@ class Architecture:
     norm_epsilon: float = 1e-6
     #: Recompute each layer in the backward pass: less memory, a third more work, the same numbers.
     remat: bool = True
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    #: RMSNorm of each head's queries and keys, before the rotation.
+    qk_norm: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    #: Added to the scale of every norm; if not 0, the scale comes before the cast to the dtype.
+    norm_offset: float = 0.0
+    #: Norms of the outputs of attention and feed-forward, before they are added.
+    post_norms: bool = False
+    embed_scale: float = 1.0
+    #: Factor on the attention scores; None: head_dim^-1/2.
+    query_scale: float | None = None
+    #: In local layers a token sees this many tokens, itself included.
+    sliding_window: int | None = None
+    local_layers: tuple[bool, ...] = ()
+    #: Rotary base of the local layers; None: as the others.
+    local_rope_theta: float | None = None
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · (offset + scale), the root mean square in float32 or better."""
+
+    def __init__(self, size: int, arch: Architecture):
+        self.scale = nnx.Param(jnp.full((size,), 1.0 - arch.norm_offset, jnp.float32))
+        self.offset = arch.norm_offset
+        self.epsilon = arch.norm_epsilon
+
+    def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        if self.offset:
+            return (normed * (self.offset + scale.astype(wide.dtype))).astype(x.dtype)
+        return scale.astype(x.dtype) * normed.astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -49,34 +108,32 @@ class Attention(nnx.Module):
     def __init__(self, arch: Architecture, rngs: nnx.Rngs):
         init = nnx.initializers.normal(arch.d_model**-0.5)
         out_init = nnx.initializers.normal((arch.heads * arch.head_dim * 2 * arch.layers) ** -0.5)
-        linear = nnx.Linear
-        self.q = linear(
-            arch.d_model, arch.heads * arch.head_dim, use_bias=False, kernel_init=init, rngs=rngs
+        wide, narrow = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+        inputs = {"use_bias": arch.qkv_bias, "kernel_init": init, "rngs": rngs}
+        self.q = nnx.Linear(arch.d_model, wide, **inputs)
+        self.k = nnx.Linear(arch.d_model, narrow, **inputs)
+        self.v = nnx.Linear(arch.d_model, narrow, **inputs)
+        self.o = nnx.Linear(
+            wide, arch.d_model, use_bias=arch.output_bias, kernel_init=out_init, rngs=rngs
         )
-        self.k = linear(
-            arch.d_model, arch.kv_heads * arch.head_dim, use_bias=False, kernel_init=init, rngs=rngs
-        )
-        self.v = linear(
-            arch.d_model, arch.kv_heads * arch.head_dim, use_bias=False, kernel_init=init, rngs=rngs
-        )
-        self.o = linear(
-            arch.heads * arch.head_dim,
-            arch.d_model,
-            use_bias=False,
-            kernel_init=out_init,
-            rngs=rngs,
-        )
-        self.head_dim = arch.head_dim
-        self.theta = arch.rope_theta
+        if arch.qk_norm:
+            self.q_norm = RMSNorm(arch.head_dim, arch)
+            self.k_norm = RMSNorm(arch.head_dim, arch)
+        self.arch = arch
 
     def project(
-        self, x: Float[Array, "N T D"], positions: Int[Array, "N T"]
+        self, x: Float[Array, "N T D"], positions: Int[Array, "N T"], local: Local
     ) -> tuple[Float[Array, "N T H d"], Float[Array, "N T K d"], Float[Array, "N T K d"]]:
-        """Queries, keys and values, rotated."""
-        split = (*x.shape[:2], -1, self.head_dim)
+        """Queries, keys and values, rotated; queries times the attention scale."""
+        arch = self.arch
+        split = (*x.shape[:2], -1, arch.head_dim)
         flat = x.reshape(-1, x.shape[-1])
         q, k, v = (layer(flat).reshape(split) for layer in (self.q, self.k, self.v))
-        return rope(q, positions, self.theta), rope(k, positions, self.theta), v
+        if arch.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        frequencies = rope_frequencies(arch, local)
+        scale = arch.head_dim**-0.5 if arch.query_scale is None else arch.query_scale
+        return rope(q, positions, frequencies) * scale, rope(k, positions, frequencies), v
 
     def merge(self, heads: Float[Array, "N T H d"]) -> Float[Array, "N T D"]:
         """Join the heads and project back."""
@@ -84,52 +141,67 @@ class Attention(nnx.Module):
         return self.o(heads.reshape(N * T, H * d)).reshape(N, T, -1)
 
 
-class SwiGLU(nnx.Module):
-    """Gated feed-forward: down(silu(gate(x)) · up(x))."""
+class GatedMLP(nnx.Module):
+    """Gated feed-forward: down(activation(gate(x)) · up(x)); SwiGLU with silu."""
 
     def __init__(self, arch: Architecture, rngs: nnx.Rngs):
         init = nnx.initializers.normal(arch.d_model**-0.5)
         out_init = nnx.initializers.normal((arch.d_ff * 2 * arch.layers) ** -0.5)
-        self.gate = nnx.Linear(arch.d_model, arch.d_ff, use_bias=False, kernel_init=init, rngs=rngs)
-        self.up = nnx.Linear(arch.d_model, arch.d_ff, use_bias=False, kernel_init=init, rngs=rngs)
-        self.down = nnx.Linear(
-            arch.d_ff, arch.d_model, use_bias=False, kernel_init=out_init, rngs=rngs
-        )
+        options = {"use_bias": arch.mlp_bias, "rngs": rngs}
+        self.gate = nnx.Linear(arch.d_model, arch.d_ff, kernel_init=init, **options)
+        self.up = nnx.Linear(arch.d_model, arch.d_ff, kernel_init=init, **options)
+        self.down = nnx.Linear(arch.d_ff, arch.d_model, kernel_init=out_init, **options)
+        self.activation = ACTIVATIONS[arch.activation]
 
     def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
         flat = x.reshape(-1, x.shape[-1])
-        return self.down(jax.nn.silu(self.gate(flat)) * self.up(flat)).reshape(x.shape)
+        return self.down(self.activation(self.gate(flat)) * self.up(flat)).reshape(x.shape)
 
 
 class Block(nnx.Module):
     """Pre-norm attention and feed-forward with residuals."""
 
     def __init__(self, arch: Architecture, rngs: nnx.Rngs):
-        norm = {"epsilon": arch.norm_epsilon, "rngs": rngs}
-        self.attention_norm = nnx.RMSNorm(arch.d_model, **norm)
+        self.attention_norm = RMSNorm(arch.d_model, arch)
         self.attention = Attention(arch, rngs)
-        self.mlp_norm = nnx.RMSNorm(arch.d_model, **norm)
-        self.mlp = SwiGLU(arch, rngs)
+        self.mlp_norm = RMSNorm(arch.d_model, arch)
+        self.mlp = GatedMLP(arch, rngs)
+        if arch.post_norms:
+            self.attention_post_norm = RMSNorm(arch.d_model, arch)
+            self.mlp_post_norm = RMSNorm(arch.d_model, arch)
+        self.arch = arch
 
     def rows(
         self,
         x: Float[Array, "N T D"],
         positions: Int[Array, "N T"],
         segment_ids: Int[Array, "N T"],
+        local: Local,
     ) -> tuple[Float[Array, "N T D"], tuple[Array, Array]]:
         """Whole rows at once; also returns the layer's keys and values."""
-        q, k, v = self.attention.project(self.attention_norm(x), positions)
-        x = x + self.attention.merge(attend_rows(q, k, v, segment_ids))
-        return x + self.mlp(self.mlp_norm(x)), (k, v)
+        q, k, v = self.attention.project(self.attention_norm(x), positions, local)
+        found = attend_rows(q, k, v, segment_ids, window_of(self.arch, local))
+        return self._add(x, found), (k, v)
 
     def step(
-        self, x: Float[Array, "S 1 D"], positions: Int[Array, "S 1"], layer: LayerCache
+        self,
+        x: Float[Array, "S 1 D"],
+        positions: Int[Array, "S 1"],
+        layer: LayerCache,
+        local: Local,
     ) -> tuple[Float[Array, "S 1 D"], LayerCache]:
         """One new token a slot against the cache."""
-        q, k, v = self.attention.project(self.attention_norm(x), positions)
+        q, k, v = self.attention.project(self.attention_norm(x), positions, local)
         layer = write_token(layer, k, v, positions)
-        x = x + self.attention.merge(attend_cache(q, *layer, positions))
-        return x + self.mlp(self.mlp_norm(x)), layer
+        found = attend_cache(q, *layer, positions, window_of(self.arch, local))
+        return self._add(x, found), layer
+
+    def _add(self, x: Float[Array, "N T D"], heads: Float[Array, "N T H d"]) -> Array:
+        """The residuals: attention's output, then the feed-forward's."""
+        found = self.attention.merge(heads)
+        x = x + (self.attention_post_norm(found) if self.arch.post_norms else found)
+        found = self.mlp(self.mlp_norm(x))
+        return x + (self.mlp_post_norm(found) if self.arch.post_norms else found)
 
 
 class Transformer(nnx.Module):
@@ -145,7 +217,7 @@ class Transformer(nnx.Module):
         self.embed = nnx.Embed(arch.vocab, arch.d_model, embedding_init=init, rngs=rngs)
         self.embed.dtype = None  # compute in the type of the parameters, whatever they become
         self.blocks = stack(rngs)
-        self.norm = nnx.RMSNorm(arch.d_model, epsilon=arch.norm_epsilon, rngs=rngs)
+        self.norm = RMSNorm(arch.d_model, arch)
         if not arch.tied_embeddings:
             head_init = nnx.initializers.normal(arch.d_model**-0.5)
             self.head = nnx.Linear(
@@ -174,24 +246,37 @@ class Transformer(nnx.Module):
         """Normed hidden states of whole rows."""
         graphdef, stacked = nnx.split(self.blocks)
 
-        def body(x: Array, layer: Any) -> tuple[Array, None]:
-            return nnx.merge(graphdef, layer).rows(x, positions, segment_ids)[0], None
+        def body(x: Array, layer: tuple[Any, Local]) -> tuple[Array, None]:
+            parameters, local = layer
+            block = nnx.merge(graphdef, parameters)
+            return block.rows(x, positions, segment_ids, local)[0], None
 
         if self.arch.remat:
             body = jax.checkpoint(body)
-        x, _ = jax.lax.scan(
-            body, self.embed(tokens), stacked, unroll=self.arch.layers <= UNROLLED_LAYERS
-        )
+        layers = (stacked, jnp.asarray(self._local()))
+        unroll = self.arch.layers <= UNROLLED_LAYERS
+        x, _ = jax.lax.scan(body, self.embedded(tokens), layers, unroll=unroll)
         return self.norm(x)
+
+    def embedded(self, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape D"]:
+        """Embeddings, scaled as the family does."""
+        x = self.embed(tokens)
+        return (
+            x if self.arch.embed_scale == 1.0 else x * jnp.asarray(self.arch.embed_scale, x.dtype)
+        )
+
+    def _local(self) -> tuple[bool, ...]:
+        """Which layers are local."""
+        return self.arch.local_layers or (False,) * self.arch.layers
 
     def prefill(
         self, tokens: Int[Array, "P Tp"], lengths: Int[Array, " P"]
     ) -> tuple[Float[Array, "P V"], Cache]:
         """Logits after the last token of each right-padded prompt, and the prompts' cache."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x, layers = self.embed(tokens), []
-        for block in self._unstacked():
-            x, (k, v) = block.rows(x, positions, jnp.zeros_like(tokens))
+        x, layers = self.embedded(tokens), []
+        for block, local in zip(self._unstacked(), self._local(), strict=True):
+            x, (k, v) = block.rows(x, positions, jnp.zeros_like(tokens), local)
             layers.append((k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.logits(self.norm(last)), tuple(layers)
@@ -200,9 +285,9 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, " S"], positions: Int[Array, " S"], cache: Cache
     ) -> tuple[Float[Array, "S V"], Cache]:
         """Logits after one new token a slot; layers are unrolled: the cache updates in place."""
-        x, layers = self.embed(tokens[:, None]), []
-        for block, layer in zip(self._unstacked(), cache, strict=True):
-            x, layer = block.step(x, positions[:, None], layer)
+        x, layers = self.embedded(tokens[:, None]), []
+        for block, layer, local in zip(self._unstacked(), cache, self._local(), strict=True):
+            x, layer = block.step(x, positions[:, None], layer, local)
             layers.append(layer)
         return self.logits(self.norm(x[:, 0])), tuple(layers)
 
@@ -218,6 +303,39 @@ class Transformer(nnx.Module):
             nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], stacked))
             for i in range(self.arch.layers)
         ]
+
+
+def rope_frequencies(arch: Architecture, local: Local) -> Float[Array, " half"]:
+    """Radians a position of each pair of a layer."""
+    half = arch.head_dim // 2
+    exponents = -jnp.arange(half, dtype=jnp.float32) / half
+    found = _scaled(arch.rope_theta**exponents, arch.rope_scaling)
+    if arch.local_rope_theta is None or not any(arch.local_layers):
+        return found
+    return jnp.where(local, arch.local_rope_theta**exponents, found)
+
+
+def _scaled(
+    frequencies: Float[Array, " half"], scaling: RopeScaling | None
+) -> Float[Array, " half"]:
+    """Linear scaling, or llama3's: slow rotations by the factor, fast ones not, between them a
+    blend."""
+    if scaling is None:
+        return frequencies
+    slowed = frequencies / scaling.factor
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if low is None or high is None or scaling.original_length is None:
+        return slowed
+    turns = frequencies * scaling.original_length / (2 * jnp.pi)
+    smooth = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return smooth * frequencies + (1.0 - smooth) * slowed
+
+
+def window_of(arch: Architecture, local: Local) -> Int[Array, ""] | None:
+    """How many tokens a token of this layer sees, itself included; None: all before it."""
+    if arch.sliding_window is None or not any(arch.local_layers):
+        return None
+    return jnp.where(local, arch.sliding_window, jnp.iinfo(jnp.int32).max)
 
 
 def init_model(arch: Architecture, key: Array) -> Transformer:

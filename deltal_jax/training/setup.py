@@ -9,7 +9,7 @@ from flax import nnx
 
 from deltal_jax.config import Config, TaskConfig
 from deltal_jax.data.prompts import encode_prompts
-from deltal_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_word_tokenizer
+from deltal_jax.data.tokenizer import Tokenizer, load_tokenizer, train_word_tokenizer
 from deltal_jax.model.transformer import Architecture, init_model, split_model
 from deltal_jax.rollout.engine import Engine, SamplingOptions
 from deltal_jax.tasks.base import Task
@@ -42,7 +42,7 @@ def make_setup(config: Config, tokenizer_model: bytes | None = None) -> Setup:
     if tokenizer_model is None:
         tokenizer = train_word_tokenizer(task.vocabulary())
     else:
-        tokenizer = SentencePieceTokenizer(tokenizer_model)
+        tokenizer = load_tokenizer(tokenizer_model)
     architecture = make_architecture(config, tokenizer.vocab_size)
     abstract = nnx.eval_shape(lambda: init_model(architecture, jax.random.key(0)))
     return Setup(config, task, tokenizer, architecture, nnx.split(abstract)[0])

@@ -28,7 +28,7 @@ def demonstration_batches(config: Config, task: Task, tokenizer: Tokenizer) -> I
     waiting: dict[int, list[Row]] = {edge: [] for edge in edges}
     skipped = 0
     for prompt, response in task.demonstrations(config.seed):
-        head = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        head = tokenizer.encode(prompt, bos=True)
         ids = [*head, *tokenizer.encode(response), tokenizer.eos_ids[0]]
         at = bisect.bisect_left(edges, len(ids))
         if at == len(edges):

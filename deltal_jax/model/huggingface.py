@@ -1,0 +1,265 @@
+"""Hugging Face checkpoint folders, in and out, without torch: config.json and safetensors.
+
+Reading goes straight into (sharded) device arrays: each process copies only the slices that its own
+devices need out of memory-mapped files, and casts them there. A stacked parameter of ours is one
+tensor a layer on disk; matrices are stored as [out, in], the transpose of ours.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from deltal_jax.errors import UserError
+from deltal_jax.model.families import TensorName, architecture_of, config_of, tensor_names
+from deltal_jax.model.transformer import Architecture, init_model, split_model
+from deltal_jax.parallel.sharding import parameter_shardings
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+#: Tensors that some exporters write although they are computed: rotary tables.
+COMPUTED = re.compile(r"\.rotary_emb\.")
+SHARD_BYTES = 5 * 10**9
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint folder. Raises UserError where there is none, or no JSON."""
+    if not (folder / CONFIG).exists():
+        raise UserError(f"model.path: {folder} has no {CONFIG}")
+    return _read_object(folder / CONFIG)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"model.path: {path} holds no JSON object")
+    return found
+
+
+class TensorFiles:
+    """The tensors of a checkpoint folder, in one safetensors file or in the shards of an index."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        names = [SINGLE]
+        if (folder / INDEX).is_file():
+            index = _read_object(folder / INDEX).get("weight_map")
+            if not isinstance(index, dict):
+                raise UserError(f"model.path: {folder / INDEX} has no weight_map")
+            names = sorted(set(index.values()))
+        elif not (folder / SINGLE).is_file():
+            raise UserError(f"model.path: {folder} has neither {SINGLE} nor {INDEX}")
+        self._home: dict[str, Any] = {}
+        for name in names:
+            try:
+                file = safe_open(folder / name, framework="numpy")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"model.path: {folder / name} cannot be read: {error}") from error
+            self._home |= dict.fromkeys(file.keys(), file)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape, from the headers alone."""
+        return {name: tuple(self.view(name).get_shape()) for name in self._home}
+
+    def view(self, name: str) -> Any:
+        """A tensor to be sliced: nothing is read before."""
+        return self._home[name].get_slice(name)
+
+
+def load_architecture(folder: Path) -> Architecture:
+    """The architecture of a checkpoint folder."""
+    return architecture_of(read_config(folder))
+
+
+def load_params(
+    folder: Path, arch: Architecture, *, mesh: Mesh | None = None, dtype: Any = jnp.float32
+) -> Any:
+    """The parameters of a checkpoint folder as our pytree, on the mesh or on the default device.
+
+    Raises one UserError that lists all missing, extra and misshapen tensors.
+    """
+    files = TensorFiles(folder)
+    abstract = abstract_params(arch)
+    names = tensor_names(arch)
+    _check(folder, files.shapes(), abstract, names, arch)
+    if mesh is None:
+        device = SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: device, abstract)
+    else:
+        shardings = parameter_shardings(mesh, abstract)
+
+    def load(path: Any, shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
+        tensor = names[_name(path)]
+
+        parts: dict[str, np.ndarray] = {}  # devices that hold the same slice share one read
+
+        def read(index: Any) -> np.ndarray:
+            if str(index) not in parts:
+                parts[str(index)] = _read(files, tensor, index, shape.shape, dtype)
+            return parts[str(index)]
+
+        return jax.make_array_from_callback(shape.shape, sharding, read)
+
+    return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+
+
+def save_params(
+    folder: Path, params: Any, arch: Architecture, *, dtype: Any = jnp.bfloat16
+) -> None:
+    """Write parameters as safetensors shards of at most 5 GB with their index, in a folder that
+    exists."""
+    written: list[list[str]] = []  # names of the tensors of each shard
+    shard: dict[str, np.ndarray] = {}
+    size, total = 0, 0
+
+    def write() -> None:
+        # How many there will be, which their names say, is known only at the end.
+        _save(shard, folder / f"{len(written)}.part")
+        written.append(list(shard))
+        shard.clear()
+
+    for name, tensor in _tensors(params, arch, dtype):
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            write()
+            size = 0
+        shard[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    write()
+    if len(written) == 1:
+        (folder / "0.part").rename(folder / SINGLE)
+        return
+    weight_map = {}
+    for number, names in enumerate(written):
+        file = f"model-{number + 1:05d}-of-{len(written):05d}.safetensors"
+        (folder / f"{number}.part").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """A safetensors file that others may read: the library makes it for its owner alone."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def export(
+    folder: Path,
+    params: Any,
+    arch: Architecture,
+    *,
+    config: dict[str, Any] | None = None,
+    files: dict[str, bytes] | None = None,
+    dtype: Any = jnp.bfloat16,
+) -> None:
+    """A new checkpoint folder, as a whole or not at all: weights, config and other `files`.
+
+    `config` is that of the checkpoint that the model came from; None describes the architecture.
+    Raises UserError where the folder exists.
+    """
+    if folder.exists():
+        raise UserError(f"--to: {folder} exists; name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        described = dict(config_of(arch) if config is None else config)
+        described.pop("torch_dtype", None)
+        described["dtype"] = jnp.dtype(dtype).name
+        (partial / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        for name, content in (files or {}).items():
+            (partial / name).write_bytes(content)
+        save_params(partial, params, arch, dtype=dtype)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def abstract_params(arch: Architecture) -> Any:
+    """Shapes of all parameters, without allocating them."""
+    return jax.eval_shape(lambda: split_model(init_model(arch, jax.random.key(0)))[1])
+
+
+def _check(
+    folder: Path,
+    found: dict[str, tuple[int, ...]],
+    abstract: Any,
+    names: dict[str, TensorName],
+    arch: Architecture,
+) -> None:
+    wanted = {}
+    for path, shape in jax.tree.leaves_with_path(abstract):
+        tensor, stacked = names[_name(path)], _name(path).startswith("blocks/")
+        own = shape.shape[1:] if stacked else shape.shape
+        for layer in range(arch.layers if stacked else 1):
+            wanted[tensor.name.format(layer=layer)] = own[::-1] if tensor.transposed else own
+    extra = {name for name in set(found) - set(wanted) if not COMPUTED.search(name)}
+    if arch.tied_embeddings:
+        extra.discard("lm_head.weight")  # some exporters write the embedding twice
+    problems = [f"missing {name} {wanted[name]}" for name in sorted(set(wanted) - set(found))]
+    problems += [f"unknown {name} {found[name]}" for name in sorted(extra)]
+    problems += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in sorted(wanted.items())
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        raise UserError(f"model.path: {folder} does not fit its config: {'; '.join(problems)}")
+
+
+def _read(
+    files: TensorFiles,
+    tensor: TensorName,
+    index: tuple[slice, ...],
+    shape: tuple[int, ...],
+    dtype: Any,
+) -> np.ndarray:
+    """The slice of one parameter of ours, from one tensor or from one a layer."""
+
+    def part(name: str, own: tuple[slice, ...]) -> np.ndarray:
+        return files.view(name)[own[::-1]].T if tensor.transposed else files.view(name)[own]
+
+    if "{layer}" not in tensor.name:
+        return part(tensor.name, index).astype(dtype, copy=False)
+    ranges = [range(*own.indices(size)) for own, size in zip(index, shape, strict=True)]
+    found = np.empty([len(numbers) for numbers in ranges], dtype)
+    for row, layer in zip(found, ranges[0], strict=True):
+        row[...] = part(tensor.name.format(layer=layer), index[1:])
+    return found
+
+
+def _tensors(params: Any, arch: Architecture, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor as it is on disk; one parameter at a time is in host memory."""
+    names = tensor_names(arch)
+    for path, value in jax.tree.leaves_with_path(params):
+        tensor, host = names[_name(path)], np.asarray(jnp.asarray(value).astype(dtype))
+        layered = "{layer}" in tensor.name
+        for layer, own in enumerate(host if layered else [host]):
+            # safetensors writes the memory as it lies: a transposed view would come out wrong.
+            own = np.ascontiguousarray(own.T if tensor.transposed else own)
+            yield tensor.name.format(layer=layer), own
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def make_graphdef(arch: Architecture) -> nnx.GraphDef:
+    """The static definition of the model, without allocating it."""
+    return nnx.split(nnx.eval_shape(lambda: init_model(arch, jax.random.key(0))))[0]
