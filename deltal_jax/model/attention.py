@@ -1,7 +1,5 @@
 """Rotary positions, attention over whole rows and over a cache."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -39,33 +37,42 @@ def attend_rows(
     """Causal attention inside the segments of each row: token i sees j ≤ i of its own segment, and
     with a window only those with i − j < window. The scale is in `q`."""
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    T = q.shape[1]
-    starts = range(0, T, QUERY_BLOCK)
-    outputs = []
-    for start, end in ((start, min(start + QUERY_BLOCK, T)) for start in starts):
-        attend = functools.partial(_attend_block, start=start)
-        if len(starts) > 1:
-            attend = jax.checkpoint(attend)  # the scores are computed anew in the backward pass
-        keys = k[:, :, :end], v[:, :, :end]  # nothing later is visible
-        outputs.append(attend(q[:, start:end], *keys, segment_ids[:, :end], window))
-    return outputs[0] if len(starts) == 1 else jnp.concatenate(outputs, axis=1)
+    N, T, H, d = q.shape
+    if T <= QUERY_BLOCK:
+        return _attend_block(q, k, v, segment_ids, segment_ids, jnp.asarray(0), window)
+    blocks = -(-T // QUERY_BLOCK)
+    extra = blocks * QUERY_BLOCK - T
+    queries = jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0)))
+    owners = jnp.pad(segment_ids, ((0, 0), (0, extra)), constant_values=-1)
+
+    # One block after the other, and its scores anew in the backward pass: unrolled, they would all
+    # be in memory together.
+    @jax.checkpoint
+    def body(start: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:
+        found = _attend_block(block[0], k, v, block[1], segment_ids, start, window)
+        return start + QUERY_BLOCK, found
+
+    split = (
+        queries.reshape(N, blocks, QUERY_BLOCK, H, d).swapaxes(0, 1),
+        owners.reshape(N, blocks, QUERY_BLOCK).swapaxes(0, 1),
+    )
+    found = jax.lax.scan(body, jnp.asarray(0), split)[1]
+    return found.swapaxes(0, 1).reshape(N, -1, H, d)[:, :T]
 
 
 def _attend_block(
     q: Float[Array, "N Q H d"],
     k: Float[Array, "N K T d"],
     v: Float[Array, "N K T d"],
+    owners: Int[Array, "N Q"],
     segment_ids: Int[Array, "N T"],
+    start: Int[Array, ""],
     window: Int[Array, ""] | None,
-    *,
-    start: int,
 ) -> Float[Array, "N Q H d"]:
-    """`attend_rows` for the queries from column `start` on, over the keys up to the last of
-    them."""
-    columns = jnp.arange(k.shape[2])
-    back = columns[start:, None] - columns[None, :]
+    """`attend_rows` for the queries of the columns from `start` on, whose segments are `owners`."""
+    back = start + jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[2])[None, :]
     near = back >= 0 if window is None else (back >= 0) & (back < window)
-    own = segment_ids[:, start:, None] == segment_ids[:, None, :]
+    own = owners[:, :, None] == segment_ids[:, None, :]
     return _grouped_attention(q, k, v, near[None] & own)
 
 
