@@ -12,8 +12,14 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from deltal_jax.model.huggingface import abstract_params, make_graphdef
-from deltal_jax.model.transformer import Architecture, RopeScaling, init_model, split_model
+from deltal_jax.model.transformer import (
+    Architecture,
+    RopeScaling,
+    abstract_params,
+    init_model,
+    make_graphdef,
+    split_model,
+)
 from deltal_jax.types import Prompts, Rollout
 
 PLAIN = Architecture(vocab=23, layers=2, d_model=16, heads=2, kv_heads=2, head_dim=8, d_ff=24)

@@ -22,12 +22,12 @@ from deltal_jax.errors import UserError
 from deltal_jax.model import huggingface
 from deltal_jax.model.huggingface import (
     TensorFiles,
-    abstract_params,
     export,
     load_architecture,
     load_params,
     read_config,
 )
+from deltal_jax.model.transformer import abstract_params
 from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.parallel.sharding import parameter_shardings
 from tests import fakes

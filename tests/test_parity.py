@@ -24,10 +24,9 @@ from deltal_jax.model.huggingface import (
     export,
     load_architecture,
     load_params,
-    make_graphdef,
     read_config,
 )
-from deltal_jax.model.transformer import Architecture, parameter_count
+from deltal_jax.model.transformer import Architecture, make_graphdef, parameter_count
 from deltal_jax.rollout.engine import Engine, SamplingOptions
 from deltal_jax.types import Prompts
 from tests import fakes

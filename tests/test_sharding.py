@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deltal_jax.model.huggingface import abstract_params
+from deltal_jax.model.transformer import abstract_params
 from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.parallel.sharding import (
     MESH_AXES,

@@ -16,7 +16,15 @@ from deltal_jax.bench import workload
 from deltal_jax.bench.measure import Timing, in_turn, ratio
 from deltal_jax.config import Config, RolloutConfig
 from deltal_jax.errors import UserError
-from deltal_jax.model.transformer import Architecture, attention_work, init_model, split_model
+from deltal_jax.model.transformer import (
+    Architecture,
+    abstract_params,
+    attention_work,
+    init_model,
+    make_graphdef,
+    parameter_count,
+    split_model,
+)
 from deltal_jax.objective.aggregation import token_mean
 from deltal_jax.objective.surrogate import clipped
 from deltal_jax.training.buckets import make_buckets, padding_fraction
@@ -165,16 +173,11 @@ def _against_matmul(tokens: list[int], timing: Timing) -> dict[str, float]:
     product = jax.jit(lambda a: a @ a)
     seconds = in_turn({"matmul": lambda: product(square)}, 15)["matmul"].summary()["wall_s"]
     peak = 2 * size**3 / seconds
-    abstract = jax.eval_shape(lambda: split_model(_model())[1])
-    parameters = sum(x.size for x in jax.tree.leaves(abstract))
+    parameters = parameter_count(Architecture(**workload.SIZES))
     done = statistics.median(
         6 * parameters * n / t for n, t in zip(tokens, timing.wall, strict=True)
     )
     return {"matmul_gflops": peak / 1e9, "update_gflops": done / 1e9, "share": done / peak}
-
-
-def _model() -> Any:
-    return init_model(Architecture(**workload.SIZES), jax.random.key(0))
 
 
 def head_memory(layers: int = 36, tokens: int = 8192) -> dict[str, float]:
@@ -199,10 +202,7 @@ def head_memory(layers: int = 36, tokens: int = 8192) -> dict[str, float]:
 
 
 def _temporaries(architecture: Architecture, tokens: int) -> int:
-    from flax import nnx
-
-    graphdef = nnx.split(nnx.eval_shape(lambda: init_model(architecture, jax.random.key(0))))[0]
-    params = jax.eval_shape(lambda: split_model(init_model(architecture, jax.random.key(0)))[1])
+    graphdef, params = make_graphdef(architecture), abstract_params(architecture)
 
     def token_loss(logprobs: jax.Array, advantages: jax.Array, bucket: Bucket) -> jax.Array:
         return clipped(logprobs, bucket.old_logprobs, advantages)

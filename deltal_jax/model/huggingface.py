@@ -16,14 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from deltal_jax.errors import UserError
 from deltal_jax.model.families import TensorName, architecture_of, config_of, tensor_names
-from deltal_jax.model.transformer import Architecture, init_model, split_model
+from deltal_jax.model.transformer import Architecture, abstract_params
 from deltal_jax.parallel.sharding import parameter_shardings
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -191,11 +190,6 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def abstract_params(arch: Architecture) -> Any:
-    """Shapes of all parameters, without allocating them."""
-    return jax.eval_shape(lambda: split_model(init_model(arch, jax.random.key(0)))[1])
-
-
 def _check(
     folder: Path,
     found: dict[str, tuple[int, ...]],
@@ -258,8 +252,3 @@ def _tensors(params: Any, arch: Architecture, dtype: Any) -> Iterator[tuple[str,
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def make_graphdef(arch: Architecture) -> nnx.GraphDef:
-    """The static definition of the model, without allocating it."""
-    return nnx.split(nnx.eval_shape(lambda: init_model(arch, jax.random.key(0))))[0]

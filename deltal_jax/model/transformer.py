@@ -357,7 +357,16 @@ def attention_work(arch: Architecture) -> float:
     return 2 * heads / linear
 
 
+def make_graphdef(arch: Architecture) -> nnx.GraphDef:
+    """The static definition of the model, without allocating it."""
+    return nnx.split(nnx.eval_shape(lambda: init_model(arch, jax.random.key(0))))[0]
+
+
+def abstract_params(arch: Architecture) -> Any:
+    """Shapes of all parameters, without allocating them."""
+    return jax.eval_shape(lambda: split_model(init_model(arch, jax.random.key(0)))[1])
+
+
 def parameter_count(arch: Architecture) -> int:
     """Number of parameters, without allocating them."""
-    abstract = nnx.eval_shape(lambda: init_model(arch, jax.random.key(0)))
-    return sum(x.size for x in jax.tree.leaves(nnx.state(abstract)))
+    return sum(x.size for x in jax.tree.leaves(abstract_params(arch)))

@@ -10,7 +10,7 @@ from flax import nnx
 from deltal_jax.config import Config, TaskConfig
 from deltal_jax.data.prompts import encode_prompts
 from deltal_jax.data.tokenizer import Tokenizer, load_tokenizer, train_word_tokenizer
-from deltal_jax.model.transformer import Architecture, init_model, split_model
+from deltal_jax.model.transformer import Architecture, init_model, make_graphdef, split_model
 from deltal_jax.rollout.engine import Engine, SamplingOptions
 from deltal_jax.tasks.base import Task
 from deltal_jax.tasks.countdown import CountDown
@@ -44,8 +44,7 @@ def make_setup(config: Config, tokenizer_model: bytes | None = None) -> Setup:
     else:
         tokenizer = load_tokenizer(tokenizer_model)
     architecture = make_architecture(config, tokenizer.vocab_size)
-    abstract = nnx.eval_shape(lambda: init_model(architecture, jax.random.key(0)))
-    return Setup(config, task, tokenizer, architecture, nnx.split(abstract)[0])
+    return Setup(config, task, tokenizer, architecture, make_graphdef(architecture))
 
 
 def check_setup(setup: Setup) -> None:
