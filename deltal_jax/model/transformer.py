@@ -87,7 +87,8 @@ class Architecture:
 class RMSNorm(nnx.Module):
     """x / rms(x) · (offset + scale), the root mean square in float32 or better."""
 
-    def __init__(self, size: int, arch: Architecture):
+    def __init__(self, size: int, arch: Architecture, rngs: nnx.Rngs):
+        rngs.params()  # a key for each parameter, drawn or not: a new norm moves no others
         self.scale = nnx.Param(jnp.full((size,), 1.0 - arch.norm_offset, jnp.float32))
         self.offset = arch.norm_offset
         self.epsilon = arch.norm_epsilon
@@ -95,11 +96,11 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+        inverse = jax.lax.rsqrt(mean_square + self.epsilon)
         scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        if self.offset:
-            return (normed * (self.offset + scale.astype(wide.dtype))).astype(x.dtype)
-        return scale.astype(x.dtype) * normed.astype(x.dtype)
+        if self.offset or x.dtype == wide.dtype:
+            return (wide * (inverse * (self.offset + scale.astype(wide.dtype)))).astype(x.dtype)
+        return scale.astype(x.dtype) * (wide * inverse).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -117,8 +118,8 @@ class Attention(nnx.Module):
             wide, arch.d_model, use_bias=arch.output_bias, kernel_init=out_init, rngs=rngs
         )
         if arch.qk_norm:
-            self.q_norm = RMSNorm(arch.head_dim, arch)
-            self.k_norm = RMSNorm(arch.head_dim, arch)
+            self.q_norm = RMSNorm(arch.head_dim, arch, rngs)
+            self.k_norm = RMSNorm(arch.head_dim, arch, rngs)
         self.arch = arch
 
     def project(
@@ -162,13 +163,13 @@ class Block(nnx.Module):
     """Pre-norm attention and feed-forward with residuals."""
 
     def __init__(self, arch: Architecture, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(arch.d_model, arch)
+        self.attention_norm = RMSNorm(arch.d_model, arch, rngs)
         self.attention = Attention(arch, rngs)
-        self.mlp_norm = RMSNorm(arch.d_model, arch)
+        self.mlp_norm = RMSNorm(arch.d_model, arch, rngs)
         self.mlp = GatedMLP(arch, rngs)
         if arch.post_norms:
-            self.attention_post_norm = RMSNorm(arch.d_model, arch)
-            self.mlp_post_norm = RMSNorm(arch.d_model, arch)
+            self.attention_post_norm = RMSNorm(arch.d_model, arch, rngs)
+            self.mlp_post_norm = RMSNorm(arch.d_model, arch, rngs)
         self.arch = arch
 
     def rows(
@@ -217,7 +218,7 @@ class Transformer(nnx.Module):
         self.embed = nnx.Embed(arch.vocab, arch.d_model, embedding_init=init, rngs=rngs)
         self.embed.dtype = None  # compute in the type of the parameters, whatever they become
         self.blocks = stack(rngs)
-        self.norm = RMSNorm(arch.d_model, arch)
+        self.norm = RMSNorm(arch.d_model, arch, rngs)
         if not arch.tied_embeddings:
             head_init = nnx.initializers.normal(arch.d_model**-0.5)
             self.head = nnx.Linear(
