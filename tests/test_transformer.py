@@ -270,7 +270,7 @@ def test_a_norm_with_an_offset_scales_and_then_rounds_and_one_without_rounds_fir
     normed = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
 
     def norm(offset):
-        made = RMSNorm(64, dataclasses.replace(fakes.PLAIN, norm_offset=offset))
+        made = RMSNorm(64, dataclasses.replace(fakes.PLAIN, norm_offset=offset), nnx.Rngs(0))
         np.testing.assert_array_equal(made.scale[...], np.full(64, 1.0 - offset))
         made.scale[...] = scale
         found = made(x)
