@@ -288,7 +288,10 @@ def test_a_model_that_came_from_no_checkpoint_gives_the_same_logits_there(arch, 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
     tokens = TOKENS % 23
     want = their_logits(theirs.eval(), tokens)
-    np.testing.assert_allclose(fakes.forward(arch, params, tokens), want, rtol=0, atol=2e-5)
+    size = np.abs(want).max()  # these weights are sharpened: logits of many times those above
+    np.testing.assert_allclose(
+        fakes.forward(arch, params, tokens), want, rtol=0, atol=2e-5 * max(1.0, size)
+    )
     assert theirs.num_parameters() == parameter_count(arch)
 
 
