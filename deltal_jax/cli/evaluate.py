@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 from deltal_jax.config import parse_overrides
-from deltal_jax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,10 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     from deltal_jax.analysis.statistics import wilson_interval
     from deltal_jax.training.evaluate import evaluate
     from deltal_jax.training.setup import make_engine
-    from deltal_jax.training.trained import load_trained
+    from deltal_jax.training.trained import check_seed, load_trained
 
-    if arguments.seed is not None and not 0 <= arguments.seed < 2**31:
-        raise UserError(f"--seed: must be in 0 … 2147483647, got {arguments.seed}")
+    if arguments.seed is not None:
+        check_seed(arguments.seed)
     trained = load_trained(Path(arguments.run), parse_overrides(arguments.items))
     config = trained.setup.config.evaluate
     key = trained.key if arguments.seed is None else jax.random.key(arguments.seed)

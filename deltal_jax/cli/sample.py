@@ -29,10 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     from deltal_jax.data.prompts import encode_prompts
     from deltal_jax.errors import UserError
     from deltal_jax.training.setup import make_engine
-    from deltal_jax.training.trained import load_trained
+    from deltal_jax.training.trained import check_seed, load_trained
 
-    if not 0 <= arguments.seed < 2**31:
-        raise UserError(f"--seed: must be in 0 … 2147483647, got {arguments.seed}")
+    check_seed(arguments.seed)
     trained = load_trained(Path(arguments.run), {})
     setup, config = trained.setup, trained.setup.config
     if arguments.problem is None:

@@ -109,42 +109,37 @@ def _windows(config: Config, default: bool) -> dict[str, Any]:
     return {"sliding_window": window, "local_layers": local} if any(local) else {}
 
 
-def _qwen2(config: Config) -> Architecture:
+def _one_rope(config: Config) -> dict[str, Any]:
+    """What families share whose layers all rotate alike."""
     theta, scaling = _rope(_rope_parameters(config))
-    return Architecture(
-        **_common(config),
-        **_windows(config, default=False),
+    return _common(config) | dict(
         tied_embeddings=config.get("tie_word_embeddings", False),
         rope_theta=theta,
         rope_scaling=scaling,
-        qkv_bias=True,
     )
 
 
+def _attention_bias(config: Config) -> dict[str, bool]:
+    bias = config.get("attention_bias", False)
+    return {"qkv_bias": bias, "output_bias": bias}
+
+
+def _qwen2(config: Config) -> Architecture:
+    return Architecture(**_one_rope(config), **_windows(config, default=False), qkv_bias=True)
+
+
 def _qwen3(config: Config) -> Architecture:
-    theta, scaling = _rope(_rope_parameters(config))
     return Architecture(
-        **_common({"head_dim": 128} | config),
+        **_one_rope({"head_dim": 128} | config),
         **_windows(config, default=False),
-        tied_embeddings=config.get("tie_word_embeddings", False),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        qkv_bias=config.get("attention_bias", False),
-        output_bias=config.get("attention_bias", False),
+        **_attention_bias(config),
         qk_norm=True,
     )
 
 
 def _llama(config: Config) -> Architecture:
-    theta, scaling = _rope(_rope_parameters(config))
     return Architecture(
-        **_common(config),
-        tied_embeddings=config.get("tie_word_embeddings", False),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        qkv_bias=config.get("attention_bias", False),
-        output_bias=config.get("attention_bias", False),
-        mlp_bias=config.get("mlp_bias", False),
+        **_one_rope(config), **_attention_bias(config), mlp_bias=config.get("mlp_bias", False)
     )
 
 
@@ -176,8 +171,7 @@ def _gemma3(config: Config) -> Architecture:
         rope_theta=theta,
         rope_scaling=scaling,
         local_rope_theta=local_theta,
-        qkv_bias=config.get("attention_bias", False),
-        output_bias=config.get("attention_bias", False),
+        **_attention_bias(config),
         qk_norm=True,
         norm_offset=1.0,
         post_norms=True,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from deltal_jax.objective.aggregation import segment_means
 from deltal_jax.objective.checks import check_number
 from deltal_jax.objective.names import Catalogue
+from deltal_jax.objective.surrogate import importance_ratio
 
 
 def none(
@@ -36,7 +37,7 @@ def token_truncate(
     Source: Ionides, "Truncated Importance Sampling", 2008.
     """
     check_number("threshold", threshold, least=1.0)
-    ratio = jnp.minimum(_ratio(old_logprobs, sampler_logprobs), threshold)
+    ratio = jnp.minimum(importance_ratio(old_logprobs, sampler_logprobs), threshold)
     return jax.lax.stop_gradient(ratio)
 
 
@@ -52,7 +53,7 @@ def token_mask(
     takes them out of L_i and of every denominator too, as `deltal train` does.
     """
     check_number("threshold", threshold, least=1.0)
-    ratio = _ratio(old_logprobs, sampler_logprobs)
+    ratio = importance_ratio(old_logprobs, sampler_logprobs)
     return jax.lax.stop_gradient(jnp.where(_within(ratio, threshold), ratio, 0.0))
 
 
@@ -72,12 +73,6 @@ def sequence_mask(
     mean = segment_means(difference, segment_ids, mask, num_segments, axis_name)
     kept = _within(jnp.exp(mean), threshold)
     return jax.lax.stop_gradient(jnp.where(kept, jnp.exp(difference), 0.0))
-
-
-def _ratio(
-    old_logprobs: Float[Array, "*shape"], sampler_logprobs: Float[Array, "*shape"]
-) -> Float[Array, "*shape"]:
-    return jnp.exp(jnp.clip(old_logprobs - sampler_logprobs, -20.0, 20.0))
 
 
 def _within(ratio: Float[Array, "*shape"], threshold: float) -> Bool[Array, "*shape"]:

@@ -50,7 +50,7 @@ def clipped(
     arXiv 1912.09729 (dual clip).
     """
     _check_clip(clip_low, clip_high, dual_clip)
-    losses = _clip(_ratio(logprobs, old_logprobs), advantages, clip_low, clip_high)
+    losses = _clip(importance_ratio(logprobs, old_logprobs), advantages, clip_low, clip_high)
     if dual_clip is not None:
         losses = jnp.where(advantages < 0, jnp.minimum(losses, -advantages * dual_clip), losses)
     return losses
@@ -126,7 +126,7 @@ def cispo(
     Source: MiniMax-M1, arXiv 2506.13585.
     """
     _check_clip(clip_low, clip_high)
-    ratio = jax.lax.stop_gradient(_ratio(logprobs, old_logprobs))
+    ratio = jax.lax.stop_gradient(importance_ratio(logprobs, old_logprobs))
     return -jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages * logprobs
 
 
@@ -177,7 +177,7 @@ def sapo(
     check_number("tau_positive", tau_positive, above=0.0)
     check_number("tau_negative", tau_negative, above=0.0)
     tau = jnp.where(advantages > 0, tau_positive, tau_negative)
-    gate = jax.nn.sigmoid(tau * (_ratio(logprobs, old_logprobs) - 1.0)) * 4.0 / tau
+    gate = jax.nn.sigmoid(tau * (importance_ratio(logprobs, old_logprobs) - 1.0)) * 4.0 / tau
     return -advantages * gate
 
 
@@ -195,7 +195,7 @@ def dppo(
     Source: arXiv 2602.04879.
     """
     check_number("threshold", threshold, least=0.0)
-    ratio = _ratio(logprobs, old_logprobs)
+    ratio = importance_ratio(logprobs, old_logprobs)
     moved = jnp.abs(jnp.exp(logprobs) - jnp.exp(old_logprobs)) > threshold
     onward = jnp.where(advantages > 0, ratio > 1.0, ratio < 1.0)
     return jnp.where(jax.lax.stop_gradient(moved & onward), 0.0, -advantages * ratio)
@@ -232,7 +232,7 @@ def ratio_diagnostics(
     and r above c.
     """
     _check_clip(clip_low, clip_high, dual_clip)
-    ratio = jax.lax.stop_gradient(_ratio(logprobs, old_logprobs))
+    ratio = jax.lax.stop_gradient(importance_ratio(logprobs, old_logprobs))
     positive, negative = advantages > 0, advantages < 0
     dual = negative & (ratio > dual_clip) if dual_clip is not None else jnp.zeros_like(negative)
     return {
@@ -244,9 +244,10 @@ def ratio_diagnostics(
     }
 
 
-def _ratio(
+def importance_ratio(
     logprobs: Float[Array, "*shape"], old_logprobs: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
+    """exp(log π − log π_old), the difference kept in [−20, 20]."""
     return jnp.exp(jnp.clip(logprobs - old_logprobs, -20.0, 20.0))
 
 

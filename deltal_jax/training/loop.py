@@ -148,7 +148,8 @@ def train(
     if newest is not None:
         position, tokenizer = checkpoints.read_meta(newest)
     setup = make_setup(config, tokenizer)
-    check_setup(setup)
+    if resume:
+        check_setup(setup)
     writer = MetricsWriter(
         folder, keep_bytes=position.metrics_bytes, tensorboard=config.run.tensorboard
     )

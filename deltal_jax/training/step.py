@@ -169,8 +169,10 @@ class Update:
 
     def accumulate(self, params: Any, buckets: Sequence[Bucket]) -> Gradient:
         """The gradient of the sum of the losses of all micro-batches."""
-        running = self._zero(params, self.place(buckets[0]))
-        for bucket in buckets:
+        first, *others = buckets
+        placed = self.place(first)
+        running = self.add(params, self._zero(params, placed), placed)
+        for bucket in others:
             running = self.add(params, running, self.place(bucket))
         return running
 

@@ -44,6 +44,12 @@ def load_trained(folder: Path, overrides: dict[str, Any]) -> Trained:
     return Trained(setup, state.params, state.key, position)
 
 
+def check_seed(seed: int) -> None:
+    """Raises UserError for a seed that a random key does not take."""
+    if not 0 <= seed < 2**31:
+        raise UserError(f"--seed: must be in 0 … 2147483647, got {seed}")
+
+
 def like_saved(setup: Setup, phase: str) -> TrainState:
     """Shapes and types of the state that a phase saves."""
     config = setup.config
