@@ -42,6 +42,8 @@ Advantage = Literal[
 ]
 Surrogate = Literal["clipped", "reinforce", "gspo", "gspo_token", "cispo", "gmpo", "sapo", "dppo"]
 Correction = Literal["none", "token_truncate", "token_mask", "sequence_mask"]
+DType = Literal["float32", "bfloat16"]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 #: Aggregations that take a scope; the others have one of their own, or none.
 SCOPED = (
     "delta_l",
@@ -78,7 +80,22 @@ class TaskConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DataConfig:
+    chat_template: bool = _field(
+        False, "put prompts into the tokenizer's chat template, as a user's message"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
+    path: str | None = _field(
+        None, "a Hugging Face folder, or a hub id such as Qwen/Qwen2.5-3B; null: a new model"
+    )
+    revision: str | None = _field(None, "branch, tag or commit of a hub id; null: its default")
+    param_dtype: DType = _field(
+        "float32", "type of the trained parameters; bfloat16 is rounded stochastically"
+    )
+    compute_dtype: DType = _field("bfloat16", "type of activations and of the matrix products")
     layers: int = _field(3, "number of layers", low=1)
     d_model: int = _field(64, "width of the residual stream", low=1)
     heads: int = _field(2, "query heads", low=1)
@@ -92,6 +109,15 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    rank: int = _field(0, "rank of adapters, which alone are trained; 0: train everything", low=0)
+    alpha: float = _field(32.0, "numerator of the adapters' factor alpha / rank", low=1e-9)
+    targets: tuple[Projection, ...] = _field(
+        typing.get_args(Projection), "matrices that have adapters"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: float = _field(3e-4, "peak learning rate", low=0.0)
     warmup_steps: int = _field(0, "updates of linear warm-up from 0", low=0)
@@ -102,6 +128,9 @@ class OptimizerConfig:
     epsilon: float = _field(1e-8, "Adam's epsilon", low=0.0)
     weight_decay: float = _field(0.0, "decoupled weight decay", low=0.0)
     clip_norm: float | None = _field(1.0, "clip of the global gradient norm; null: none", low=1e-9)
+    moment_dtype: DType = _field(
+        "float32", "type that Adam's moments are stored in; bfloat16 is rounded stochastically"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +249,9 @@ class Config:
         low=1,
     )
     task: TaskConfig = _field(TaskConfig, "what is learnt")
+    data: DataConfig = _field(DataConfig, "how prompts are written")
     model: ModelConfig = _field(ModelConfig, "the network")
+    lora: LoraConfig = _field(LoraConfig, "low-rank adapters")
     sft: SftConfig = _field(SftConfig, "supervised warm-up")
     rollout: RolloutConfig = _field(RolloutConfig, "sampling")
     objective: ObjectiveConfig = _field(ObjectiveConfig, "the loss")
@@ -402,7 +433,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return None if value is None else _convert(inner, value, path)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or not value:
-            example = "[32, 64]" if args[0] is int else "[0.2, 0.1]"
+            example = {int: "[32, 64]", float: "[0.2, 0.1]"}.get(args[0], "[q_proj, v_proj]")
             raise UserError(f"{path}: expected a list such as {example}, got {value!r}")
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -427,20 +458,12 @@ def _bound(value: Any, metadata: Any, path: str) -> None:
 
 def _check(config: Config) -> None:
     """Rules that span fields."""
-    model, rl, rollout, task = config.model, config.rl, config.rollout, config.task
+    rl, rollout, task = config.rl, config.rollout, config.task
     if task.max_number > task.max_value:
         raise UserError(
             f"task.max_number: {task.max_number} is over task.max_value={task.max_value}"
         )
-    kv_heads = model.heads if model.kv_heads is None else model.kv_heads
-    if model.heads % kv_heads:
-        raise UserError(f"model.kv_heads: {kv_heads} does not divide model.heads={model.heads}")
-    head_dim = model.d_model / model.heads if model.head_dim is None else model.head_dim
-    if head_dim % 2:
-        raise UserError(
-            f"model.head_dim: {head_dim:g} is not an even number; set it, or a model.d_model that "
-            f"model.heads={model.heads} divides into even heads"
-        )
+    _check_model(config)
     buckets = config.bucket_edges
     if list(buckets) != sorted(set(buckets)):
         raise UserError("length_buckets: must increase")
@@ -461,6 +484,34 @@ def _check(config: Config) -> None:
             "use at least 2, or objective.advantage=batch_standardize"
         )
     _check_objective(config.objective)
+
+
+#: Fields of a new model's shape, which a checkpoint brings by itself.
+SHAPE = ("layers", "d_model", "heads", "kv_heads", "head_dim", "d_ff", "tied_embeddings")
+SHAPE += ("rope_theta", "norm_epsilon")
+
+
+def _check_model(config: Config) -> None:
+    model, lora = config.model, config.lora
+    if model.path is not None:
+        for name in SHAPE:
+            if getattr(model, name) != getattr(ModelConfig(), name):
+                raise UserError(f"model.{name}: comes with the checkpoint of model.path; leave out")
+    elif model.revision is not None:
+        raise UserError("model.revision: is that of a hub id; set model.path too")
+    elif lora.rank:
+        raise UserError("lora.rank: adapters need a trained model beside them; set model.path")
+    if lora.rank and config.model.param_dtype != "float32":
+        raise UserError("model.param_dtype: adapters are trained in float32; leave it out")
+    kv_heads = model.heads if model.kv_heads is None else model.kv_heads
+    if model.heads % kv_heads:
+        raise UserError(f"model.kv_heads: {kv_heads} does not divide model.heads={model.heads}")
+    head_dim = model.d_model / model.heads if model.head_dim is None else model.head_dim
+    if head_dim % 2:
+        raise UserError(
+            f"model.head_dim: {head_dim:g} is not an even number; set it, or a model.d_model that "
+            f"model.heads={model.heads} divides into even heads"
+        )
 
 
 def _check_objective(objective: ObjectiveConfig) -> None:

@@ -168,7 +168,7 @@ def test_a_value_that_yaml_cannot_construct_is_refused_in_a_file_too(write):
         ("objective.clip_hi", "; did you mean objective.clip_high?"),
         ("sft.optimizer.weight_deacy", "; did you mean sft.optimizer.weight_decay?"),
         ("objectiv.alpha", "; did you mean objective?"),
-        ("alpha", "; did you mean objective.alpha?"),
+        ("alpha", "; did you mean lora.alpha or objective.alpha?"),
         ("rl.temperature", "; did you mean rollout.temperature or evaluate.temperature?"),
         ("rl.learning_rate", "did you mean sft.optimizer.learning_rate or rl.optimizer."),
         ("task.zzz", "; the fields here are name, numbers, max_number, max_value"),
@@ -447,6 +447,9 @@ def values(hint: type, field: dataclasses.Field) -> st.SearchStrategy:
         return st.sampled_from(args)
     if type(None) in args:
         return st.none() | values(next(a for a in args if a is not type(None)), field)
+    if args and typing.get_origin(args[0]) is typing.Literal:
+        choices = st.sampled_from(typing.get_args(args[0]))
+        return st.lists(choices, min_size=1, max_size=4).map(tuple)
     return {
         bool: st.booleans(),
         int: st.integers(low, high),

@@ -23,7 +23,7 @@ from deltal_jax.training.checkpoint import Checkpoints
 from deltal_jax.training.collect import collect
 from deltal_jax.training.loop import rollout_logprobs, update_policy
 from deltal_jax.training.objective import make_loss
-from deltal_jax.training.run_folder import CHECKPOINTS, load_run_config
+from deltal_jax.training.run_folder import CHECKPOINTS, load_run_config, model_files
 from deltal_jax.training.setup import init_params, make_engine, make_setup
 from deltal_jax.training.step import Update
 from deltal_jax.training.trained import like_saved, load_trained
@@ -87,8 +87,8 @@ def saved(path, number):
     """The state in a checkpoint of the RL phase."""
     config = load_run_config(path)
     checkpoints = Checkpoints(path / CHECKPOINTS, config.checkpoint.keep_last)
-    tokenizer = checkpoints.read_meta(number)[1]
-    state = checkpoints.read_state(number, like_saved(make_setup(config, tokenizer), "rl"))
+    setup = make_setup(config, model_files(path))
+    state = checkpoints.read_state(number, like_saved(setup, "rl"))
     checkpoints.close()
     return dataclasses.replace(
         state,
@@ -320,11 +320,12 @@ def plain(sampled):
 
 def updated(sampled, update, config, reference=None, batch=None):
     """The state after all updates on the rollout, and the metrics without clocks."""
-    _, params, sampled_batch = sampled
+    setup, params, sampled_batch = sampled
+    setup = dataclasses.replace(setup, config=config)
     params, reference = jax.tree.map(jnp.copy, (params, reference))  # the state is donated
     state = update.init(params, jax.random.key(0))
     state = dataclasses.replace(state, reference=reference)
-    state, metrics = update_policy(config, update, state, batch or sampled_batch)
+    state, metrics = update_policy(setup, update, state, batch or sampled_batch)
     clocks = ("time/", "throughput/")
     return state, {k: v for k, v in metrics.items() if not k.startswith(clocks)}
 
@@ -387,13 +388,14 @@ def test_the_entropy_bonus_raises_the_entropy(sampled):
     """With equal rewards there is no other force."""
     setup, _, batch = sampled
     config = once(objective__entropy_coefficient=1.0)
+    setup = dataclasses.replace(setup, config=config)
     update = Update(setup.graphdef, optax.sgd(0.02), make_loss(config))
     grades = dataclasses.replace(batch.grades, rewards=np.ones_like(batch.grades.rewards))
     equal = dataclasses.replace(batch, grades=grades)
     state = update.init(jax.tree.map(jnp.copy, sampled[1]), jax.random.key(0))
     entropies = []
     for _ in range(4):
-        state, metrics = update_policy(config, update, state, equal)
+        state, metrics = update_policy(setup, update, state, equal)
         entropies.append(metrics["policy/entropy"])
         assert metrics["policy/loss"] == pytest.approx(-metrics["policy/entropy"], rel=1e-4)
     assert np.all(np.diff(entropies) > 0) and entropies[-1] > entropies[0] + 0.02

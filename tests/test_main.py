@@ -50,7 +50,7 @@ REFUSALS = {
     ),
     "field of another section": (
         ["train", TINY, "rl.alpha=1"],
-        "rl.alpha: no such field; did you mean objective.alpha?",
+        "rl.alpha: no such field; did you mean lora.alpha or objective.alpha?",
     ),
     "wrong type": (["train", TINY, "rl.steps=many"], "rl.steps: expected int, got 'many'"),
     "out of range": (["train", TINY, "seed=-1"], "seed: must be at least 0, got -1"),

@@ -214,15 +214,18 @@ def test_gradients_of_all_parameters_are_theirs(case):
     assert max(errors.values()) < 1e-4, errors
 
 
-def test_bf16_is_at_most_twice_as_far_from_f32_as_theirs(case):
-    params = load_params(case.folder, case.arch, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_bf16_is_at_most_twice_as_far_from_f32_as_theirs(case, stored):
+    """Weights that are stored in bfloat16, and such that are cast to it where they are used."""
+    params = load_params(case.folder, case.arch, dtype=stored)
+    arch = dataclasses.replace(case.arch, compute_dtype="bfloat16")
     exact = their_logits(case.theirs, TOKENS)
     low = named(CASES[case.folder.name][0]).from_pretrained(case.folder, dtype=torch.bfloat16)
     theirs = np.abs(their_logits(low.eval(), TOKENS) - exact)
-    got = fakes.forward(case.arch, params, TOKENS)
-    assert got.dtype == jnp.bfloat16
-    ours = np.abs(np.asarray(got, np.float32) - exact)
-    assert 0 < ours.max() <= 2 * theirs.max(), (ours.max(), theirs.max())
+    got = fakes.forward(arch, params, TOKENS)
+    assert got.dtype == np.float32  # of bfloat16 products, but not rounded to it
+    ours = np.abs(got - exact)
+    assert 1e-3 < ours.max() <= 2 * theirs.max(), (ours.max(), theirs.max())
     assert ours.mean() <= 2 * theirs.mean()
 
 

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from deltal_jax.model.lora import LoRA
 from deltal_jax.model.transformer import abstract_params
 from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.parallel.sharding import (
@@ -36,7 +37,8 @@ def paths(tree) -> dict:
 
 
 def test_every_parameter_of_the_model_has_a_row_and_every_row_a_parameter():
-    architectures = [PLAIN, GROUPED, *FAMILIES.values()]
+    adapted = dataclasses.replace(PLAIN, lora=LoRA(rank=2, alpha=1.0))
+    architectures = [PLAIN, GROUPED, adapted, *FAMILIES.values()]
     found = {path for arch in architectures for path in paths(abstract_params(arch))}
     assert found == set(PARAMETER_AXES)
     assert {axis for axes in PARAMETER_AXES.values() for axis in axes} == set(MESH_AXES)

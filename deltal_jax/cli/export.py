@@ -12,27 +12,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="type of the weights"
     )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="of a run with adapters: a whole model, not the adapters in PEFT's format",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Export; the exit code."""
-    from deltal_jax.model.huggingface import export
-    from deltal_jax.model.transformer import parameter_count
+    import dataclasses
+
+    import jax
+
+    from deltal_jax.errors import UserError
+    from deltal_jax.model import huggingface
+    from deltal_jax.model.lora import merge_adapters, trained
     from deltal_jax.training.trained import load_trained
 
-    trained = load_trained(Path(arguments.run), {})
-    setup, folder = trained.setup, Path(arguments.to)
-    tokenizer = setup.tokenizer
+    source = load_trained(Path(arguments.run), {})
+    setup, params, folder = source.setup, source.params, Path(arguments.to)
+    arch, lora, tokenizer = setup.architecture, setup.architecture.lora, setup.tokenizer
+    if arguments.merge and lora is None:
+        raise UserError(f"--merge: {arguments.run} has no adapters; leave it out")
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids)}
     files = {"generation_config.json": (json.dumps(generation, indent=2) + "\n").encode()}
     files |= tokenizer.files()
-    export(folder, trained.params, setup.architecture, files=files, dtype=arguments.dtype)
+    options = {"files": files, "dtype": arguments.dtype}
+    if lora is not None and not arguments.merge:
+        base = str(setup.config.model.path)
+        huggingface.export_adapters(folder, params, arch, base=base, **options)
+        written = trained(params)
+    else:
+        written = params if lora is None else merge_adapters(params, lora)
+        arch = dataclasses.replace(arch, lora=None)
+        huggingface.export(folder, written, arch, config=setup.checkpoint_config, **options)
     figures = {
         "folder": str(folder),
-        "parameters": parameter_count(setup.architecture),
+        "parameters": sum(x.size for x in jax.tree.leaves(written)),
         "dtype": arguments.dtype,
-        "step": trained.position.step,
+        "step": source.position.step,
     }
     if arguments.json:
         print(json.dumps(figures))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from deltal_jax.data.chat import encode_chat
 from deltal_jax.data.tokenizer import Tokenizer
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.base import Problem, Task
@@ -16,17 +17,29 @@ def training_problems(task: Task, seed: int, start: int, count: int) -> list[Pro
     return [task.problem(seed, position) for position in range(start, start + count)]
 
 
+def prompt_ids(text: str, tokenizer: Tokenizer, *, chat: bool = False) -> list[int]:
+    """BOS and the text's ids, or the text as a user's message in the chat template."""
+    if chat:
+        return encode_chat(tokenizer, [{"role": "user", "content": text}])
+    return tokenizer.encode(text, bos=True)
+
+
 def encode_prompts(
-    problems: Sequence[Problem], tokenizer: Tokenizer, width: int, start: int = 0
+    problems: Sequence[Problem],
+    tokenizer: Tokenizer,
+    width: int,
+    start: int = 0,
+    *,
+    chat: bool = False,
 ) -> Prompts:
-    """BOS and the prompt's ids, padded on the right to `width`; `start` is the first position.
+    """The `prompt_ids` of each, padded on the right to `width`; `start` is the first position.
 
     Raises UserError for a prompt over `width` tokens.
     """
     tokens = np.zeros((len(problems), width), np.int32)
     lengths = np.zeros(len(problems), np.int32)
     for row, problem in enumerate(problems):
-        ids = tokenizer.encode(problem.prompt, bos=True)
+        ids = prompt_ids(problem.prompt, tokenizer, chat=chat)
         if len(ids) > width:
             raise UserError(
                 f"rollout.max_prompt_length: {width} is too short for {problem.prompt!r}, which "

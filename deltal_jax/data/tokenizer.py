@@ -1,15 +1,13 @@
 """Tokenizers: Hugging Face's `tokenizer.json`, and SentencePiece models, which may also be trained
 on a small closed vocabulary.
 
-A tokenizer is the files of a checkpoint folder that say what ids mean. They travel together: in a
-run's checkpoint as bytes, in an exported folder as they came.
+A tokenizer is the files of a checkpoint folder that say what ids mean. They travel together
+and as they came: into the folder of a run, and into an exported one.
 """
 
 import dataclasses
-import functools
 import io
 import json
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,8 +25,6 @@ SETTINGS = (TOKENIZER_CONFIG, SPECIAL_TOKENS, TEMPLATE, GENERATION_CONFIG, CONFI
 FILES = (TOKENIZER, SENTENCEPIECE, *SETTINGS)
 #: The names of single bytes in a vocabulary that falls back to them.
 BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-#: How the bytes of several files begin. A SentencePiece model begins with 0x0A.
-ARCHIVE_MAGIC = b"PK"
 
 
 class Tokenizer(Protocol):
@@ -76,10 +72,6 @@ class Tokenizer(Protocol):
 
     def files(self) -> dict[str, bytes]:
         """What a checkpoint folder needs of it, by file name."""
-        ...
-
-    def to_bytes(self) -> bytes:
-        """The tokenizer for `load_tokenizer`."""
         ...
 
 
@@ -167,13 +159,6 @@ class HuggingFaceTokenizer:
     def files(self) -> dict[str, bytes]:
         return _exported(self._files)
 
-    def to_bytes(self) -> bytes:
-        return self._archive
-
-    @functools.cached_property
-    def _archive(self) -> bytes:
-        return _pack(self._files)
-
 
 class SentencePieceTokenizer:
     """A SentencePiece model held as bytes, with the files beside it where it came from a folder.
@@ -223,10 +208,6 @@ class SentencePieceTokenizer:
     def files(self) -> dict[str, bytes]:
         return _exported(self._files)
 
-    def to_bytes(self) -> bytes:
-        alone = self._files.keys() == {SENTENCEPIECE}
-        return self._files[SENTENCEPIECE] if alone else _pack(self._files)
-
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder: `tokenizer.json`, or else `tokenizer.model`.
@@ -240,14 +221,6 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     if TOKENIZER not in files and SENTENCEPIECE not in files:
         raise UserError(f"model.path: {folder} has neither {TOKENIZER} nor {SENTENCEPIECE}")
     return _from_files(files)
-
-
-def load_tokenizer(data: bytes) -> Tokenizer:
-    """The tokenizer that `to_bytes` gave, of either kind."""
-    if not data.startswith(ARCHIVE_MAGIC):
-        return SentencePieceTokenizer(data)
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return _from_files({name: archive.read(name) for name in archive.namelist()})
 
 
 def read_settings(files: Mapping[str, bytes]) -> Settings:
@@ -296,16 +269,6 @@ def _known(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 def _exported(files: Mapping[str, bytes]) -> dict[str, bytes]:
     return {name: content for name, content in files.items() if name != CONFIG}
-
-
-def _pack(files: Mapping[str, bytes]) -> bytes:
-    """Files as one archive; the same files give the same bytes."""
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
-        for name, content in files.items():
-            # A fresh ZipInfo is dated 1980: no clock in the bytes.
-            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
-    return packed.getvalue()
 
 
 def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _one_rope(config: Config) -> dict[str, Any]:
     )
 
 
-def _attention_bias(config: Config) -> dict[str, bool]:
+def _attention_bias(config: Config) -> dict[str, Any]:
     bias = config.get("attention_bias", False)
     return {"qkv_bias": bias, "output_bias": bias}
 
@@ -256,6 +256,7 @@ def config_of(arch: Architecture) -> Config:
     }
     if not arch.qk_norm:
         config["mlp_bias"] = arch.mlp_bias
-    if dataclasses.replace(architecture_of(config), remat=arch.remat) != arch:
+    how = dict(remat=arch.remat, compute_dtype=arch.compute_dtype)
+    if dataclasses.replace(architecture_of(config), **how) != arch:
         raise UserError("export: the model has a shape that no supported family describes")
     return config

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safetensors.numpy import save_file
 
 from deltal_jax.errors import UserError
 from deltal_jax.model.families import TensorName, architecture_of, config_of, tensor_names
+from deltal_jax.model.lora import TARGETS
 from deltal_jax.model.transformer import Architecture, abstract_params
 from deltal_jax.parallel.sharding import parameter_shardings
 
@@ -148,7 +150,7 @@ def save_params(
         (folder / f"{number}.part").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / INDEX, index)
 
 
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
@@ -171,23 +173,82 @@ def export(
     `config` is that of the checkpoint that the model came from; None describes the architecture.
     Raises UserError where the folder exists.
     """
-    if folder.exists():
-        raise UserError(f"--to: {folder} exists; name a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        described = dict(config_of(arch) if config is None else config)
-        described.pop("torch_dtype", None)
-        described["dtype"] = jnp.dtype(dtype).name
-        (partial / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    described = dict(config_of(arch) if config is None else config)
+    described.pop("torch_dtype", None)
+    described["dtype"] = jnp.dtype(dtype).name
+    with new_folder(folder) as partial:
+        _write_json(partial / CONFIG, described)
         for name, content in (files or {}).items():
             (partial / name).write_bytes(content)
         save_params(partial, params, arch, dtype=dtype)
+
+
+def export_adapters(
+    folder: Path,
+    params: Any,
+    arch: Architecture,
+    *,
+    base: str,
+    files: dict[str, bytes] | None = None,
+    dtype: Any = jnp.float32,
+) -> None:
+    """A new folder in the format of PEFT, as a whole or not at all: the adapters, their config and
+    other `files`. `base` says which checkpoint they belong to, as `model.path` does.
+
+    Raises UserError where the folder exists.
+    """
+    lora, names = arch.lora, tensor_names(arch)
+    assert lora is not None
+    tensors = {}
+    for target in lora.targets:
+        path = TARGETS[target].split("/")
+        adapter = params["blocks"][path[0]][path[1]]["lora"]
+        module = names[f"blocks/{TARGETS[target]}/kernel"].name.removesuffix(".weight")
+        for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+            for layer, matrix in enumerate(np.asarray(adapter[ours].astype(dtype))):
+                name = f"base_model.model.{module.format(layer=layer)}.{theirs}.weight"
+                tensors[name] = np.ascontiguousarray(matrix.T)
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(lora.targets),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    with new_folder(folder) as partial:
+        _write_json(partial / "adapter_config.json", described)
+        for name, content in (files or {}).items():
+            (partial / name).write_bytes(content)
+        _save(tensors, partial / "adapter_model.safetensors")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes the name `folder` at the end, if nothing was raised.
+
+    Raises UserError where `folder` exists or cannot be made.
+    """
+    if folder.exists():
+        raise UserError(f"--to: {folder} exists; name a new folder")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--to: cannot write {folder}: {error.strerror}") from error
+    try:
+        yield partial
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
 
 
 def _check(

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deltal_jax.model.attention import attend_cache, attend_rows, rope
 from deltal_jax.model.cache import Cache, LayerCache, init_cache, write_token
+from deltal_jax.model.lora import LoRA, LoRALinear
 
 #: Whether a layer is a local one: known beforehand, or traced in a scan over layers.
 Local = bool | Bool[Array, ""]
@@ -63,6 +64,11 @@ class Architecture:
     norm_epsilon: float = 1e-6
     #: Recompute each layer in the backward pass: less memory, a third more work, the same numbers.
     remat: bool = True
+    #: Type of the activations, to which weights are cast where they are used; None: that of the
+    #: weights. Norms, softmax and logits are in float32 or better all the same.
+    compute_dtype: str | None = None
+    #: Low-rank adapters beside the matrices, if any.
+    lora: LoRA | None = None
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
     output_bias: bool = False
@@ -111,12 +117,11 @@ class Attention(nnx.Module):
         out_init = nnx.initializers.normal((arch.heads * arch.head_dim * 2 * arch.layers) ** -0.5)
         wide, narrow = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
         inputs = {"use_bias": arch.qkv_bias, "kernel_init": init, "rngs": rngs}
-        self.q = nnx.Linear(arch.d_model, wide, **inputs)
-        self.k = nnx.Linear(arch.d_model, narrow, **inputs)
-        self.v = nnx.Linear(arch.d_model, narrow, **inputs)
-        self.o = nnx.Linear(
-            wide, arch.d_model, use_bias=arch.output_bias, kernel_init=out_init, rngs=rngs
-        )
+        self.q = make_linear(arch, "q_proj", arch.d_model, wide, **inputs)
+        self.k = make_linear(arch, "k_proj", arch.d_model, narrow, **inputs)
+        self.v = make_linear(arch, "v_proj", arch.d_model, narrow, **inputs)
+        output = {"use_bias": arch.output_bias, "kernel_init": out_init, "rngs": rngs}
+        self.o = make_linear(arch, "o_proj", wide, arch.d_model, **output)
         if arch.qk_norm:
             self.q_norm = RMSNorm(arch.head_dim, arch, rngs)
             self.k_norm = RMSNorm(arch.head_dim, arch, rngs)
@@ -149,9 +154,12 @@ class GatedMLP(nnx.Module):
         init = nnx.initializers.normal(arch.d_model**-0.5)
         out_init = nnx.initializers.normal((arch.d_ff * 2 * arch.layers) ** -0.5)
         options = {"use_bias": arch.mlp_bias, "rngs": rngs}
-        self.gate = nnx.Linear(arch.d_model, arch.d_ff, kernel_init=init, **options)
-        self.up = nnx.Linear(arch.d_model, arch.d_ff, kernel_init=init, **options)
-        self.down = nnx.Linear(arch.d_ff, arch.d_model, kernel_init=out_init, **options)
+        wide = {"kernel_init": init, **options}
+        self.gate = make_linear(arch, "gate_proj", arch.d_model, arch.d_ff, **wide)
+        self.up = make_linear(arch, "up_proj", arch.d_model, arch.d_ff, **wide)
+        self.down = make_linear(
+            arch, "down_proj", arch.d_ff, arch.d_model, kernel_init=out_init, **options
+        )
         self.activation = ACTIVATIONS[arch.activation]
 
     def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
@@ -216,7 +224,7 @@ class Transformer(nnx.Module):
 
         init = nnx.initializers.normal(arch.d_model**-0.5 if arch.tied_embeddings else 1.0)
         self.embed = nnx.Embed(arch.vocab, arch.d_model, embedding_init=init, rngs=rngs)
-        self.embed.dtype = None  # compute in the type of the parameters, whatever they become
+        self.embed.dtype = None  # looked up as it is, cast afterwards: gradients add in its type
         self.blocks = stack(rngs)
         self.norm = RMSNorm(arch.d_model, arch, rngs)
         if not arch.tied_embeddings:
@@ -228,15 +236,21 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
         """Scores over the vocabulary from normed hidden states."""
-        return self.embed.attend(hidden) if self.arch.tied_embeddings else self.head(hidden)
+        head, matrix = self.head_function()
+        return head(matrix, hidden)
 
     def head_function(self) -> tuple[Callable[[Any, Array], Array], Any]:
-        """`logits` as a pure function of the head's own parameters, and these."""
+        """`logits` as a pure function of the head's matrix, in the type of the activations, and
+        this."""
+        dtype = self._compute_dtype()
         if self.arch.tied_embeddings:
-            embed, parameters = nnx.split(self.embed)
-            return lambda parameters, x: nnx.merge(embed, parameters).attend(x), parameters
-        linear, parameters = nnx.split(self.head)
-        return lambda parameters, x: nnx.merge(linear, parameters)(x), parameters
+            return lambda matrix, x: wide_product(x, matrix.T), self.embed.embedding[...].astype(
+                dtype
+            )
+        return lambda matrix, x: wide_product(x, matrix), self.head.kernel[...].astype(dtype)
+
+    def _compute_dtype(self) -> Any:
+        return self.arch.compute_dtype or self.embed.embedding.dtype
 
     def hidden(
         self,
@@ -262,6 +276,7 @@ class Transformer(nnx.Module):
     def embedded(self, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape D"]:
         """Embeddings, scaled as the family does."""
         x = self.embed(tokens)
+        x = x.astype(self.arch.compute_dtype or x.dtype)
         return (
             x if self.arch.embed_scale == 1.0 else x * jnp.asarray(self.arch.embed_scale, x.dtype)
         )
@@ -295,7 +310,7 @@ class Transformer(nnx.Module):
     def empty_cache(self, slots: int, time: int) -> Cache:
         """A cache for `slots` sequences of up to `time` tokens."""
         arch = self.arch
-        dtype = self.embed.embedding.dtype
+        dtype = jnp.dtype(self._compute_dtype())
         return init_cache(arch.layers, slots, arch.kv_heads, time, arch.head_dim, dtype)
 
     def _unstacked(self) -> list[Block]:
@@ -304,6 +319,32 @@ class Transformer(nnx.Module):
             nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], stacked))
             for i in range(self.arch.layers)
         ]
+
+
+def make_linear(arch: Architecture, name: str, size: int, to: int, **options: Any) -> nnx.Linear:
+    """A matrix of a block, with adapters where it is a target of theirs."""
+    if arch.lora is not None and name in arch.lora.targets:
+        return LoRALinear(size, to, arch.lora, dtype=arch.compute_dtype, **options)
+    return nnx.Linear(size, to, dtype=arch.compute_dtype, **options)
+
+
+@jax.custom_vjp
+def wide_product(x: Float[Array, "*shape D"], matrix: Float[Array, "D V"]) -> Array:
+    """x · matrix in float32 or better, without rounding to the type of the factors: bf16 logits
+    would be off by up to 0.06 at 20. The backward products stay in that type."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(x, matrix, preferred_element_type=wide)
+
+
+def _wide_forward(x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
+    return wide_product(x, matrix), (x, matrix)
+
+
+def _wide_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    return jax.vjp(jnp.matmul, *saved)[1](cotangent.astype(saved[0].dtype))
+
+
+wide_product.defvjp(_wide_forward, _wide_backward)
 
 
 def rope_frequencies(arch: Architecture, local: Local) -> Float[Array, " half"]:
@@ -348,6 +389,17 @@ def split_model(model: Transformer) -> tuple[nnx.GraphDef, Any]:
     """The static definition and the parameter pytree, split once at start."""
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
+
+
+def cast_weights(graphdef: nnx.GraphDef, params: Any) -> Any:
+    """Parameters for sampling: all that the model would cast each time that it uses them, cast
+    once. Scales of norms, which it does not, stay as they are."""
+    dtype = nnx.merge(graphdef, params).arch.compute_dtype
+
+    def cast(path: Any, x: Array) -> Array:
+        return x if dtype is None or path[-1].key == "scale" else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def attention_work(arch: Architecture) -> float:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deltal_jax.model.lora import TARGETS
 from deltal_jax.types import Bucket
 
 #: Path of a parameter → logical axis of each of its dimensions.
@@ -40,6 +41,11 @@ PARAMETER_AXES: dict[str, tuple[str, ...]] = {
     "head/kernel": ("embed", "vocab"),
 }
 
+for _target in TARGETS.values():  # adapters split like the matrix that they are beside
+    _layers, _inputs, _outputs = PARAMETER_AXES[f"blocks/{_target}/kernel"]
+    PARAMETER_AXES[f"blocks/{_target}/lora/lora_a"] = (_layers, _inputs, "rank")
+    PARAMETER_AXES[f"blocks/{_target}/lora/lora_b"] = (_layers, "rank", _outputs)
+
 #: Logical axis → mesh axis that splits it; None: no axis does.
 MESH_AXES: dict[str, str | None] = {
     "vocab": "tensor",
@@ -49,6 +55,7 @@ MESH_AXES: dict[str, str | None] = {
     "mlp": "tensor",
     "layers": None,  # scanned over: each step of the scan needs one layer on all devices
     "norm": None,  # a few kilobytes
+    "rank": None,  # of adapters
 }
 
 #: Mesh axes that split rows of tokens.

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from deltal_jax.model.cache import Cache
+from deltal_jax.model.transformer import cast_weights
 from deltal_jax.rollout.sampling import sample, stream_keys, uniforms
 from deltal_jax.types import Prompts, Rollout
 
@@ -72,6 +73,7 @@ class Engine:
 
     def __init__(self, graphdef: nnx.GraphDef, options: SamplingOptions):
         self.options = options
+        self._cast = jax.jit(functools.partial(cast_weights, graphdef))
         self._run = jax.jit(functools.partial(_generate, graphdef, options))
         self._prefill = jax.jit(functools.partial(_prefill_one, graphdef, options))
         self._decode = jax.jit(
@@ -96,7 +98,7 @@ class Engine:
         keys = stream_keys(key, *counters, jnp.asarray(prompts.positions), samples)
         groups = np.repeat(np.arange(len(prompts.lengths), dtype=np.int32), samples)
         arrays = (jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths))
-        out: _Slots = self._run(params, *arrays, jnp.asarray(groups), keys)
+        out: _Slots = self._run(self._cast(params), *arrays, jnp.asarray(groups), keys)
         return _assemble(prompts, groups, out), RolloutStats(
             slot_steps=int(out.steps) * self.options.slots,
             useful_steps=int(np.sum(out.lengths)) - len(groups),
@@ -109,7 +111,7 @@ class Engine:
         (raw_key,) = stream_keys(
             key, jnp.asarray(step), jnp.asarray(round_), jnp.asarray(prompts.positions), 1
         )
-        length = int(prompts.lengths[0])
+        length, params = int(prompts.lengths[0]), self._cast(params)
         logits, cache = self._prefill(params, jnp.asarray(prompts.tokens), jnp.asarray([length]))
         for count in range(self.options.max_response_length):
             uniform = uniforms(raw_key[None], jnp.asarray([count]))

@@ -1,6 +1,5 @@
-"""Orbax checkpoints of a whole run: state, position, tokenizer."""
+"""Orbax checkpoints of a run: the state and where the run is."""
 
-import base64
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from deltal_jax.errors import UserError
+from deltal_jax.model.lora import trained
 from deltal_jax.types import TrainState
 
 
@@ -32,14 +32,12 @@ class Checkpoints:
         self._folder = folder.absolute()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def save(self, number: int, state: TrainState, position: Position, tokenizer: bytes) -> None:
-        """Write one checkpoint and wait until it is complete."""
+    def save(self, number: int, state: TrainState, position: Position) -> None:
+        """Write one checkpoint and wait until it is complete. Of the parameters only the trained
+        ones are in it."""
         if number in self._manager.all_steps():
             return
-        meta = {
-            "position": dataclasses.asdict(position),
-            "tokenizer": base64.b64encode(tokenizer).decode("ascii"),
-        }
+        meta = {"position": dataclasses.asdict(position)}
         self._manager.save(
             number,
             args=ocp.args.Composite(
@@ -52,16 +50,15 @@ class Checkpoints:
         """The number of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def read_meta(self, number: int) -> tuple[Position, bytes]:
-        """Position and tokenizer of a checkpoint."""
+    def read_position(self, number: int) -> Position:
+        """Where the run was."""
         restored = self._manager.restore(
             number, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         )
-        meta = restored["meta"]
-        return Position(**meta["position"]), base64.b64decode(meta["tokenizer"])
+        return Position(**restored["meta"]["position"])
 
     def read_state(self, number: int, abstract: TrainState) -> TrainState:
-        """The state, in the shapes and types of `abstract`.
+        """The state, in the shapes and types of `abstract`; of its parameters the trained ones.
 
         Raises UserError where the checkpoint is of another model or optimizer.
         """
@@ -92,16 +89,19 @@ class Checkpoints:
         self._manager.close()
 
 
-def abstract_state(init: Callable[[], TrainState]) -> TrainState:
-    """Shapes and types of a state without computing it, on the default device."""
+def abstract_state(init: Callable[..., TrainState], *arguments: Any) -> TrainState:
+    """Shapes and types of the state `init(*arguments)`, of arrays or shapes, without computing it;
+    on the default device."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(init)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(init, *arguments),
     )
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
-    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return fields | {"params": trained(state.params)}
 
 
 def _shapes(tree: dict[str, Any]) -> dict[str, str]:

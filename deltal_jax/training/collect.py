@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from deltal_jax.data.prompts import encode_prompts, training_problems
+from deltal_jax.data.prompts import training_problems
 from deltal_jax.rollout.engine import Engine
 from deltal_jax.tasks.base import Problem
 from deltal_jax.tasks.grading import Grades, Reward, grade
-from deltal_jax.training.setup import Setup
+from deltal_jax.training.setup import Setup, encode_problems
 from deltal_jax.types import Rollout
 
 
@@ -41,8 +41,7 @@ def collect(
     started = time.perf_counter()
     P, start = config.rl.prompts_per_step, step * config.rl.prompts_per_step
     problems = training_problems(setup.task, config.seed, start, P)
-    width = config.rollout.max_prompt_length
-    prompts = encode_prompts(problems, setup.tokenizer, width, start)
+    prompts = encode_problems(setup, problems, start)
     rollout, stats = engine.generate(
         params, prompts, key, samples=config.rl.samples_per_prompt, step=step
     )

@@ -1,13 +1,18 @@
 """A config in words and numbers, before anything runs: formula, batch arithmetic, memory."""
 
+import jax
+
 from deltal_jax.config import Advantage, Aggregation, Config, Correction
 from deltal_jax.model.cache import cache_bytes
-from deltal_jax.model.transformer import Architecture, parameter_count
+from deltal_jax.model.lora import trained
+from deltal_jax.model.transformer import Architecture, abstract_params, parameter_count
 from deltal_jax.objective.logprobs import chunk_size
 from deltal_jax.training.buckets import bucket_rows
 from deltal_jax.training.objective import normalizer, surrogate_options
 
+#: Of what the update adds and computes in, whatever is stored.
 FLOAT_BYTES = 4
+BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def formula(config: Config) -> str:
@@ -176,32 +181,52 @@ def batch_arithmetic(config: Config) -> dict[str, int]:
     }
 
 
+def describe_model(config: Config, arch: Architecture) -> str:
+    """Parameters, and the types that they, the activations and the moments have."""
+    model, total, own = config.model, parameter_count(arch), _trained_count(arch)
+    if config.lora.rank:
+        kinds = f"adapters of rank {config.lora.rank} in {model.param_dtype}, the rest bfloat16"
+    else:
+        kinds = f"stored in {model.param_dtype}"
+    moments = config.rl.optimizer.moment_dtype
+    said = f"{model.path or 'new model'}: {total:,} parameters, {own:,} trained"
+    return f"{said}; {kinds}, computed in {model.compute_dtype}, moments in {moments}"
+
+
+def _trained_count(arch: Architecture) -> int:
+    return sum(x.size for x in jax.tree.leaves(trained(abstract_params(arch))))
+
+
 def memory_estimate(config: Config, arch: Architecture) -> dict[str, int]:
-    """Bytes that a step needs on its device, by part; an estimate from shapes, float32
-    throughout."""
-    parameters = parameter_count(arch) * FLOAT_BYTES
+    """Bytes that a step needs on its device, by part; an estimate from shapes and types."""
+    model, own = config.model, _trained_count(arch)
+    frozen = parameter_count(arch) - own
+    stored, computed = BYTES[model.param_dtype], BYTES[model.compute_dtype]
     time = config.rollout.max_prompt_length + config.rollout.max_response_length
     slots = max(config.rollout.slots, 1)
-    cache = cache_bytes(arch.layers, slots, arch.kv_heads, time, arch.head_dim, FLOAT_BYTES)
+    cache = cache_bytes(arch.layers, slots, arch.kv_heads, time, arch.head_dim, computed)
     edges, budget = config.bucket_edges, config.rl.tokens_per_microbatch
-    activations = max(_activations(arch, bucket_rows(edge, budget), edge) for edge in edges)
+    activations = max(
+        _activations(arch, bucket_rows(edge, budget), edge, computed) for edge in edges
+    )
     parts = {
-        "parameters": parameters,
-        "optimizer": 2 * parameters,
-        "gradients": 2 * parameters,
-        "reference": parameters if config.objective.kl_coefficient else 0,
-        "activations": activations * FLOAT_BYTES,
+        "parameters": own * stored + frozen * BYTES["bfloat16"],
+        "optimizer": 2 * own * BYTES[config.rl.optimizer.moment_dtype],
+        "gradients": 2 * own * FLOAT_BYTES,
+        "reference": own * stored if config.objective.kl_coefficient else 0,
+        "activations": activations,
+        "sampling_weights": (own + frozen) * computed if computed < stored else 0,
         "kv_cache": cache,
     }
     return parts | {"total": sum(parts.values())}
 
 
-def _activations(arch: Architecture, rows: int, width: int) -> int:
-    """Floats kept for the backward pass of one micro-batch."""
+def _activations(arch: Architecture, rows: int, width: int, itemsize: int) -> int:
+    """Bytes kept for the backward pass of one micro-batch."""
     tokens = rows * width
     heads = arch.heads * arch.head_dim
     per_layer = 6 * arch.d_model + 4 * heads + 4 * arch.kv_heads * arch.head_dim
     per_layer += 4 * arch.d_ff + 2 * arch.heads * width
     layers = per_layer + (arch.layers - 1) * arch.d_model if arch.remat else arch.layers * per_layer
     logits = chunk_size(tokens, arch.vocab) * arch.vocab
-    return tokens * layers + 3 * logits
+    return tokens * layers * itemsize + 3 * logits * FLOAT_BYTES

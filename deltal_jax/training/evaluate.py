@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from deltal_jax.data.prompts import encode_prompts
 from deltal_jax.rollout.engine import Engine
 from deltal_jax.tasks.base import Problem
 from deltal_jax.tasks.grading import Grades, grade
 from deltal_jax.training.collect import response_texts
-from deltal_jax.training.setup import Setup
+from deltal_jax.training.setup import Setup, encode_problems
 
 #: Keeps evaluation draws apart from training draws of the same root key.
 EVALUATION_STREAM = 0x6576616C
@@ -36,7 +35,7 @@ def evaluate(setup: Setup, engine: Engine, params: Any, key: jax.Array) -> Evalu
     """
     config = setup.config.evaluate
     problems = setup.task.held_out(config.problems)
-    prompts = encode_prompts(problems, setup.tokenizer, setup.config.rollout.max_prompt_length)
+    prompts = encode_problems(setup, problems)
     rollout, _ = engine.generate(
         params,
         prompts,

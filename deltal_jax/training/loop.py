@@ -20,6 +20,7 @@ from deltal_jax.backend import enable_compile_cache
 from deltal_jax.config import Config, dump_config, load_config
 from deltal_jax.errors import UserError
 from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics
+from deltal_jax.model.lora import overlay
 from deltal_jax.model.transformer import attention_work
 from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.engine import Engine
@@ -28,21 +29,22 @@ from deltal_jax.training import run_folder
 from deltal_jax.training.buckets import make_buckets, make_minibatches, padding_fraction
 from deltal_jax.training.checkpoint import Checkpoints, Position
 from deltal_jax.training.collect import Collected, collect
-from deltal_jax.training.describe import formula
+from deltal_jax.training.describe import describe_model, formula
 from deltal_jax.training.evaluate import evaluate, write_samples
-from deltal_jax.training.objective import make_loss, minibatch_ids, reject, weigh
-from deltal_jax.training.optimizer import learning_rate, make_optimizer
+from deltal_jax.training.objective import minibatch_ids, reject, weigh
+from deltal_jax.training.optimizer import learning_rate
 from deltal_jax.training.setup import (
     Setup,
     check_setup,
     init_params,
-    make_architecture,
     make_engine,
     make_setup,
+    make_update,
+    save_model_files,
 )
 from deltal_jax.training.sft import demonstration_batches
-from deltal_jax.training.step import SUPERVISED, NonFiniteLoss, Update
-from deltal_jax.training.trained import like_saved
+from deltal_jax.training.step import NonFiniteLoss, Update
+from deltal_jax.training.trained import restore_state
 from deltal_jax.types import Rollout, TrainState
 
 
@@ -93,7 +95,7 @@ class _Run:
         number = step + (config.sft.steps if phase == "rl" else 0)
         next_prompt = step * config.rl.prompts_per_step if phase == "rl" else 0
         position = Position(phase, step, next_prompt, self.writer.bytes_written)
-        self.checkpoints.save(number, state, position, self.setup.tokenizer.to_bytes())
+        self.checkpoints.save(number, state, position)
         return time.perf_counter() - started
 
     def resume_command(self) -> str:
@@ -130,26 +132,14 @@ def train(
     display = ProgressDisplay(quiet=quiet)
     if resume:
         name = None if experiment is None else str(experiment)
-        folder, config = run_folder.reopen_run_folder(name, overrides, overrides.get("run.dir"))
-        _check_rewards(folder, wanted)
-        _check_profile(profile, config)
-        if name is not None and (drift := run_folder.drifted_fields(name, config)):
-            display.say(f"note: the run's own config holds, {name} differs in {', '.join(drift)}")
-        run_folder.write_text(folder / run_folder.CONFIG, dump_config(config))
+        folder, setup = _reopen(name, overrides, wanted, display)
     else:
-        config = _load(experiment, overrides)
-        _check_profile(profile, config)
-        run_folder.check_run_folder(config)
-        check_setup(make_setup(config))
-        folder, config = run_folder.create_run_folder(config)
+        folder, setup = _create(experiment, overrides, profile)
+    config = setup.config
+    _check_profile(profile, config)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep_last)
     newest = checkpoints.newest() if resume else None
-    position, tokenizer = Position("sft", 0, 0, 0), None
-    if newest is not None:
-        position, tokenizer = checkpoints.read_meta(newest)
-    setup = make_setup(config, tokenizer)
-    if resume:
-        check_setup(setup)
+    position = Position("sft", 0, 0, 0) if newest is None else checkpoints.read_position(newest)
     writer = MetricsWriter(
         folder, keep_bytes=position.metrics_bytes, tensorboard=config.run.tensorboard
     )
@@ -163,6 +153,42 @@ def train(
         writer.close()
         checkpoints.close()
     return _finish(run, step, status, time.monotonic() - started)
+
+
+def _create(
+    experiment: str | Path | None, overrides: dict[str, Any], profile: tuple[int, int] | None
+) -> tuple[Path, Setup]:
+    """A new run: checked as a whole before its folder is made."""
+    if experiment is None:
+        raise UserError("config: name an experiment; `deltal configs` lists them")
+    config = load_config(experiment, overrides)
+    _check_profile(profile, config)
+    run_folder.check_run_folder(config)
+    setup = make_setup(config)
+    check_setup(setup)
+    folder, config = run_folder.create_run_folder(config)
+    save_model_files(setup, folder / run_folder.MODEL)
+    return folder, dataclasses.replace(setup, config=config)
+
+
+def _reopen(
+    name: str | None,
+    overrides: dict[str, Any],
+    rewards: Sequence[Reward | str],
+    display: ProgressDisplay,
+) -> tuple[Path, Setup]:
+    """A run to go on with: checked before anything in its folder changes."""
+    folder, config = run_folder.reopen_run_folder(name, overrides, overrides.get("run.dir"))
+    _check_rewards(folder, rewards)
+    saved = run_folder.model_files(folder)
+    setup = make_setup(config, saved)
+    check_setup(setup)
+    if name is not None and (drift := run_folder.drifted_fields(name, config)):
+        display.say(f"note: the run's own config holds, {name} differs in {', '.join(drift)}")
+    run_folder.write_text(folder / run_folder.CONFIG, dump_config(config))
+    if saved is None:  # it was ended before it had them
+        save_model_files(setup, folder / run_folder.MODEL)
+    return folder, setup
 
 
 def _reward_names(rewards: Sequence[Reward | str]) -> list[str]:
@@ -189,38 +215,23 @@ def _check_profile(profile: tuple[int, int] | None, config: Config) -> None:
         raise UserError(f"--profile: starts at {profile[0]}, but rl.steps is {config.rl.steps}")
 
 
-def _load(experiment: str | Path | None, overrides: dict[str, Any]) -> Config:
-    if experiment is None:
-        raise UserError("config: name an experiment; `deltal configs` lists them")
-    return load_config(experiment, overrides)
-
-
 def _run_phases(run: _Run, newest: int | None, position: Position) -> tuple[int, str]:
     """Warm-up and RL from wherever the checkpoint is; returns the RL step and how it ended."""
     setup, config = run.setup, run.setup.config
     key = jax.random.key(config.seed, impl="threefry2x32")
-    warm_up = Update(
-        setup.graphdef,
-        make_optimizer(config.sft.optimizer, config.sft.steps),
-        SUPERVISED,
-    )
-    policy = Update(
-        setup.graphdef,
-        make_optimizer(config.rl.optimizer, config.rl.updates),
-        make_loss(config),
-    )
+    warm_up, policy = make_update(setup, "sft"), make_update(setup, "rl")
     init_key, run_key = jax.random.split(key)
     if newest is None:
-        state = warm_up.init(init_params(setup, init_key), run_key)
+        state = warm_up.init(init_params(setup, init_key), run_key, donate=True)
     else:
-        state = run.checkpoints.read_state(newest, like_saved(setup, position.phase))
+        state = restore_state(run.checkpoints, newest, setup, position)
     step = position.step if position.phase == "rl" else 0
     evaluator = make_engine(setup, temperature=config.evaluate.temperature)
     try:
         if position.phase == "sft":
             state = _warm_up(run, warm_up, state, position.step)
             reference = config.objective.kl_coefficient > 0
-            state = policy.init(state.params, state.key, reference=reference)
+            state = policy.init(state.params, state.key, reference=reference, donate=True)
             _evaluate(run, evaluator, state, 0)
             run.save(state, "rl", 0)
         if run.stop_requested:
@@ -277,7 +288,7 @@ def _reinforce(run: _Run, update: Update, evaluator: Engine, state: TrainState, 
                 run.setup, engine, state.params, state.key, step=step - 1, rewards=run.rewards
             )
             try:
-                state, metrics = update_policy(config, update, state, batch)
+                state, metrics = update_policy(run.setup, update, state, batch)
             except NonFiniteLoss as error:
                 raise _stopped(run, "RL", step, error) from error
         seconds = time.perf_counter() - clock
@@ -308,23 +319,25 @@ def _reinforce(run: _Run, update: Update, evaluator: Engine, state: TrainState, 
 
 
 def update_policy(
-    config: Config, update: Update, state: TrainState, batch: Collected
+    setup: Setup, update: Update, state: TrainState, batch: Collected
 ) -> tuple[TrainState, dict[str, float]]:
     """All optimizer updates on one rollout batch: epochs × mini-batches."""
-    clock = time.perf_counter()
+    config, clock = setup.config, time.perf_counter()
     rollout, old, mismatch = batch.rollout, batch.rollout.logprobs, {}
     layout = dict(
         edges=config.bucket_edges,
         tokens_per_microbatch=config.rl.tokens_per_microbatch,
         pack=config.rl.pack,
-        attention=attention_work(make_architecture(config, vocab=1)),
+        attention=attention_work(setup.architecture),
     )
     if config.objective.old_logprobs == "recompute":
         old = rollout_logprobs(update, state.params, rollout, **layout)
         rollout, mismatch = reject(config.objective, rollout, old)
     reference = None
     if state.reference is not None:
-        reference = rollout_logprobs(update, state.reference, rollout, **layout)
+        reference = rollout_logprobs(
+            update, overlay(state.params, state.reference), rollout, **layout
+        )
     recomputed = time.perf_counter()
     weighted = weigh(config, rollout, batch.grades.rewards)
     minibatches = make_minibatches(
@@ -407,6 +420,7 @@ def _announce(run: _Run, newest: int | None, position: Position) -> None:
     }
     run_folder.write_text(run.folder / run_folder.SUMMARY, json.dumps(facts, indent=1) + "\n")
     run.display.say(f"run folder: {run.folder}")
+    run.display.say(describe_model(config, run.setup.architecture))
     run.display.say(said)
     if newest is not None:
         run.display.say(f"resumed after {position.step} steps of {position.phase}")

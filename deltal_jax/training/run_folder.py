@@ -12,6 +12,7 @@ from deltal_jax.config import Config, dump_config, load_config
 from deltal_jax.errors import UserError
 
 CONFIG = "config.yaml"
+MODEL = "model"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 SUMMARY = "summary.json"
@@ -21,6 +22,8 @@ RUNS = "runs"
 #: computes.
 CHANGEABLE = (
     "run.",
+    "model.path",
+    "model.revision",
     "rl.steps",
     "rl.tokens_per_microbatch",
     "rl.pack",
@@ -78,15 +81,22 @@ def reopen_run_folder(
     changes = {key: value for key, value in overrides.items() if key != "run.dir"}
     config = load_config(folder / CONFIG, {**changes, "run.dir": str(folder)})
     before, after = (_flat(dataclasses.asdict(c)) for c in (stored, config))
-    fixed = "rl.steps" if stored.rl.optimizer.schedule != "constant" else None
+    fixed = ["rl.steps"] if stored.rl.optimizer.schedule != "constant" else []
+    if stored.model.path is None or config.model.path is None:
+        fixed.append("model.path")
     for key in before:
-        changeable = key.startswith(CHANGEABLE) and key != fixed
+        changeable = key.startswith(CHANGEABLE) and key not in fixed
         if before[key] != after[key] and not changeable:
             raise UserError(
                 f"{key}: the run was started with {before[key]!r} and cannot go on with "
                 f"{after[key]!r}; start a new run instead"
             )
     return folder, config
+
+
+def model_files(folder: Path) -> Path | None:
+    """Where the run keeps its tokenizer and the config of its model; None before it has them."""
+    return folder / MODEL if (folder / MODEL).is_dir() else None
 
 
 def load_run_config(folder: Path) -> Config:

@@ -1,7 +1,10 @@
-"""From a config to the parts of a run: task, tokenizer, model definition, engines."""
+"""From a config to the parts of a run: task, tokenizer, model definition, parameters, engines."""
 
 import dataclasses
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,12 +12,26 @@ from flax import nnx
 
 from deltal_jax.config import Config, TaskConfig
 from deltal_jax.data.prompts import encode_prompts
-from deltal_jax.data.tokenizer import Tokenizer, load_tokenizer, train_word_tokenizer
-from deltal_jax.model.transformer import Architecture, init_model, make_graphdef, split_model
+from deltal_jax.data.tokenizer import Tokenizer, read_tokenizer, train_word_tokenizer
+from deltal_jax.errors import UserError
+from deltal_jax.model import huggingface
+from deltal_jax.model.families import architecture_of
+from deltal_jax.model.hub import find_checkpoint
+from deltal_jax.model.lora import LoRA, overlay, trained
+from deltal_jax.model.transformer import (
+    Architecture,
+    abstract_params,
+    init_model,
+    make_graphdef,
+    split_model,
+)
 from deltal_jax.rollout.engine import Engine, SamplingOptions
-from deltal_jax.tasks.base import Task
+from deltal_jax.tasks.base import Problem, Task
 from deltal_jax.tasks.countdown import CountDown
 from deltal_jax.training.objective import make_loss
+from deltal_jax.training.optimizer import make_optimizer
+from deltal_jax.training.step import SUPERVISED, Update
+from deltal_jax.types import Prompts
 
 
 def _countdown(task: TaskConfig) -> Task:
@@ -34,26 +51,63 @@ class Setup:
     tokenizer: Tokenizer
     architecture: Architecture
     graphdef: nnx.GraphDef
+    #: `config.json` of the checkpoint that the model comes from; None: a new model.
+    checkpoint_config: dict[str, Any] | None
 
 
-def make_setup(config: Config, tokenizer_model: bytes | None = None) -> Setup:
-    """The parts that a config names; the tokenizer comes from its bytes or is trained anew."""
+def make_setup(config: Config, saved: Path | None = None) -> Setup:
+    """The parts that a config names. The tokenizer and the shape of the model come from the folder
+    `saved` that `save_model_files` made, from that of `model.path`, or are made anew."""
     task = make_task(config)
-    if tokenizer_model is None:
-        tokenizer = train_word_tokenizer(task.vocabulary())
+    checkpoint_config = None
+    folder = saved
+    if config.model.path is not None:
+        folder = saved or find_checkpoint(config.model.path, config.model.revision)
+        checkpoint_config = huggingface.read_config(folder)
+    if folder is None:
+        tokenizer: Tokenizer = train_word_tokenizer(task.vocabulary())
     else:
-        tokenizer = load_tokenizer(tokenizer_model)
-    architecture = make_architecture(config, tokenizer.vocab_size)
-    return Setup(config, task, tokenizer, architecture, make_graphdef(architecture))
+        tokenizer = read_tokenizer(folder)
+    architecture = make_architecture(config, tokenizer.vocab_size, checkpoint_config)
+    graphdef = make_graphdef(architecture)
+    return Setup(config, task, tokenizer, architecture, graphdef, checkpoint_config)
+
+
+def save_model_files(setup: Setup, folder: Path) -> None:
+    """Write what `make_setup` reads, so that a run depends on no other folder: the tokenizer's
+    files and `config.json`."""
+    files = setup.tokenizer.files()
+    if setup.checkpoint_config is not None:
+        text = json.dumps(setup.checkpoint_config, indent=2, ensure_ascii=False) + "\n"
+        files[huggingface.CONFIG] = text.encode()
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    partial.mkdir()
+    for name, content in files.items():
+        (partial / name).write_bytes(content)
+    partial.rename(folder)
 
 
 def check_setup(setup: Setup) -> None:
     """Raises UserError for what only the parts can tell: no held-out problem, too long a prompt, an
-    option that the surrogate does not take."""
+    option that the surrogate does not take, another model beside the adapters."""
     config = setup.config
     make_loss(config)
+    if setup.architecture.lora is not None:
+        find_base(setup)
     problems = [*setup.task.held_out(config.evaluate.problems), setup.task.problem(config.seed, 0)]
-    encode_prompts(problems, setup.tokenizer, config.rollout.max_prompt_length)
+    encode_problems(setup, problems)
+
+
+def encode_problems(setup: Setup, problems: Sequence[Problem], start: int = 0) -> Prompts:
+    """Prompts as the config wants them; `start` is the position of the first in the stream."""
+    config = setup.config
+    return encode_prompts(
+        problems,
+        setup.tokenizer,
+        config.rollout.max_prompt_length,
+        start,
+        chat=config.data.chat_template,
+    )
 
 
 def make_task(config: Config) -> Task:
@@ -61,17 +115,94 @@ def make_task(config: Config) -> Task:
     return TASKS[config.task.name](config.task)
 
 
-def make_architecture(config: Config, vocab: int) -> Architecture:
-    """The model's shape, defaults filled in."""
-    model = dataclasses.asdict(config.model)
-    model["kv_heads"] = model["kv_heads"] or model["heads"]
-    model["head_dim"] = model["head_dim"] or model["d_model"] // model["heads"]
-    return Architecture(vocab=vocab, **model)
+def make_architecture(
+    config: Config, vocab: int, checkpoint_config: dict[str, Any] | None = None
+) -> Architecture:
+    """The model's shape, of the checkpoint if there is one, with how the config computes it.
+
+    `vocab` is the tokenizer's; raises UserError where the checkpoint has fewer rows.
+    """
+    model, lora = config.model, config.lora
+    if checkpoint_config is None:
+        arch = Architecture(
+            vocab=vocab,
+            layers=model.layers,
+            d_model=model.d_model,
+            heads=model.heads,
+            kv_heads=model.kv_heads or model.heads,
+            head_dim=model.head_dim or model.d_model // model.heads,
+            d_ff=model.d_ff,
+            tied_embeddings=model.tied_embeddings,
+            rope_theta=model.rope_theta,
+            norm_epsilon=model.norm_epsilon,
+        )
+    else:
+        arch = architecture_of(checkpoint_config)
+        if vocab > arch.vocab:
+            raise UserError(
+                f"model.path: the tokenizer has {vocab} ids, the model only {arch.vocab} rows"
+            )
+    return dataclasses.replace(
+        arch,
+        remat=model.remat,
+        compute_dtype=model.compute_dtype,
+        lora=LoRA(lora.rank, lora.alpha, lora.targets) if lora.rank else None,
+    )
 
 
 def init_params(setup: Setup, key: jax.Array) -> Any:
-    """Fresh parameters, in one compiled program."""
-    return jax.jit(lambda key: split_model(init_model(setup.architecture, key))[1])(key)
+    """The parameters that a run starts from: those of `model.path`, or fresh ones, in one compiled
+    program. Adapters are fresh, and what they are beside is frozen in bfloat16."""
+    config, arch = setup.config, setup.architecture
+
+    def fresh(key: jax.Array) -> Any:
+        params = trained(split_model(init_model(arch, key))[1])
+        return jax.tree.map(lambda x: x.astype(config.model.param_dtype), params)
+
+    if config.model.path is None:
+        return jax.jit(fresh)(key)
+    params = load_checkpoint(setup)
+    return params if arch.lora is None else overlay(params, jax.jit(fresh)(key))
+
+
+def load_checkpoint(setup: Setup) -> Any:
+    """The parameters of `model.path`, without adapters."""
+    base = dataclasses.replace(setup.architecture, lora=None)
+    frozen = setup.architecture.lora is not None
+    dtype = "bfloat16" if frozen else setup.config.model.param_dtype
+    return huggingface.load_params(find_base(setup), base, dtype=jax.numpy.dtype(dtype))
+
+
+def find_base(setup: Setup) -> Path:
+    """The folder of `model.path`.
+
+    Raises UserError where that is another model by now than the run was started from.
+    """
+    model = setup.config.model
+    assert model.path is not None
+    folder = find_checkpoint(model.path, model.revision)
+    if huggingface.read_config(folder) != setup.checkpoint_config:
+        raise UserError(f"model.path: {folder} has another {huggingface.CONFIG} than the run")
+    return folder
+
+
+def abstract_trained(setup: Setup) -> Any:
+    """Shapes and types of the parameters that updates change, without allocating them."""
+    dtype = setup.config.model.param_dtype
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype), trained(abstract_params(setup.architecture))
+    )
+
+
+def make_update(setup: Setup, phase: str) -> Update:
+    """The update of the phase "sft" or "rl"."""
+    config = setup.config
+    if phase == "sft":
+        options, steps, terms = config.sft.optimizer, config.sft.steps, SUPERVISED
+    else:
+        options, steps, terms = config.rl.optimizer, config.rl.updates, make_loss(config)
+    optimizer = make_optimizer(options, steps)
+    return Update(setup.graphdef, optimizer, terms, moment_dtype=options.moment_dtype)
 
 
 def make_engine(setup: Setup, *, temperature: float, slots: int | None = None) -> Engine:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from deltal_jax.config import Config
+from deltal_jax.data.prompts import prompt_ids
 from deltal_jax.data.tokenizer import Tokenizer
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.base import Task
@@ -28,7 +29,7 @@ def demonstration_batches(config: Config, task: Task, tokenizer: Tokenizer) -> I
     waiting: dict[int, list[Row]] = {edge: [] for edge in edges}
     skipped = 0
     for prompt, response in task.demonstrations(config.seed):
-        head = tokenizer.encode(prompt, bos=True)
+        head = prompt_ids(prompt, tokenizer, chat=config.data.chat_template)
         ids = [*head, *tokenizer.encode(response), tokenizer.eos_ids[0]]
         at = bisect.bisect_left(edges, len(ids))
         if at == len(edges):

@@ -3,6 +3,10 @@
 Pure functions of the parameters; jit-compiled once per bucket shape, accumulators donated. Weights
 were fixed for the whole rollout batch before (objective/aggregation.py), so nothing here divides,
 and on a mesh the devices only add: rows are split over its data and fsdp axes.
+
+Where the model has adapters these alone are trained: gradients, optimizer and reference know no
+others. Gradients are added and the optimizer computes in float32 or better, whatever the types that
+parameters and moments are stored in.
 """
 
 import dataclasses
@@ -17,11 +21,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from deltal_jax.model.lora import overlay, trained
 from deltal_jax.objective.aggregation import policy_gradient_loss
 from deltal_jax.objective.divergence import kl_k3
 from deltal_jax.objective.logprobs import chunked_logprobs
 from deltal_jax.objective.surrogate import reinforce
 from deltal_jax.parallel.sharding import row_shards, shard_bucket, state_shardings
+from deltal_jax.training.optimizer import round_like, widen
 from deltal_jax.types import Bucket, TrainState
 
 #: Per-token losses from (logprobs, advantages of the tokens' responses, bucket).
@@ -108,17 +114,19 @@ class Update:
         terms: LossTerms,
         *,
         mesh: Mesh | None = None,
+        moment_dtype: str = "float32",
     ):
         self.optimizer = optimizer
         self.mesh = mesh
+        self.moment_dtype = moment_dtype
         shards = 1 if mesh is None else row_shards(mesh)
 
         def gradient(params: Any, bucket: Bucket) -> Gradient:
-            def loss(params: Any) -> tuple[Array, Meters]:
-                return microbatch_loss(graphdef, params, bucket, terms, shards)
+            def loss(part: Any) -> tuple[Array, Meters]:
+                return microbatch_loss(graphdef, overlay(params, part), bucket, terms, shards)
 
-            (value, meters), grads = jax.value_and_grad(loss, has_aux=True)(params)
-            return Gradient(self._pin(grads), value, meters)
+            (value, meters), grads = jax.value_and_grad(loss, has_aux=True)(trained(params))
+            return Gradient(self._pin(widen(grads)), value, meters)
 
         def add(params: Any, running: Gradient, bucket: Bucket) -> Gradient:
             new = gradient(params, bucket)
@@ -149,19 +157,24 @@ class Update:
         #: One micro-batch and its optimizer step in one program; the metrics stay on the device.
         self.single = jax.jit(single, donate_argnums=0)
 
-    def init(self, params: Any, key: Array, *, reference: bool = False) -> TrainState:
+    def init(
+        self, params: Any, key: Array, *, reference: bool = False, donate: bool = False
+    ) -> TrainState:
         """A fresh state at update 0, laid out over the mesh if there is one. `reference` keeps the
-        parameters as those of the reference model."""
+        trained parameters as those of the reference model; `donate` gives the memory of `params` to
+        the state."""
 
         def init(params: Any) -> TrainState:
-            kept = jax.tree.map(jnp.copy, params) if reference else None
-            opt_state = self.optimizer.init(params)
+            part = trained(params)
+            kept = jax.tree.map(jnp.copy, part) if reference else None
+            opt_state = self._store(self.optimizer.init(widen(part)))
             return TrainState(params, opt_state, jnp.zeros((), jnp.int32), key, kept)
 
-        if self.mesh is None:
-            return jax.jit(init)(params)
-        shardings = state_shardings(self.mesh, jax.eval_shape(init, params))
-        return jax.jit(init, out_shardings=shardings)(params)
+        shardings = None
+        if self.mesh is not None:
+            shardings = state_shardings(self.mesh, jax.eval_shape(init, params))
+        donated = (0,) if donate else ()
+        return jax.jit(init, donate_argnums=donated, out_shardings=shardings)(params)
 
     def place(self, bucket: Bucket) -> Bucket:
         """The bucket on the device, or on those of the mesh, its rows split over them."""
@@ -195,16 +208,30 @@ class Update:
 
     def _apply(self, state: TrainState, gradient: Gradient) -> tuple[TrainState, dict[str, Array]]:
         """The optimizer's step; leaves the parameters alone where the gradient is not finite."""
-        updates, opt_state = self.optimizer.update(gradient.grads, state.opt_state, state.params)
+        stored = trained(state.params), state.opt_state
+        params, opt_state = widen(stored)
+        updates, new_state = self.optimizer.update(gradient.grads, opt_state, params)
         norm = optax.tree.norm(gradient.grads)
-        new = (optax.apply_updates(state.params, updates), opt_state)
-        keep = jax.tree.map(
-            lambda n, o: jnp.where(jnp.isfinite(norm), n, o), new, (state.params, state.opt_state)
+        new = (optax.apply_updates(params, updates), new_state)
+        kept = jax.tree.map(
+            lambda n, o: jnp.where(jnp.isfinite(norm), n, o), new, (params, opt_state)
         )
+        part, opt_state = round_like(kept, stored, jax.random.fold_in(state.key, state.updates))
         norms = {"optim/grad_norm": norm, "optim/update_norm": optax.tree.norm(updates)}
         return dataclasses.replace(
-            state, params=keep[0], opt_state=keep[1], updates=state.updates + 1
+            state,
+            params=overlay(state.params, part),
+            opt_state=opt_state,
+            updates=state.updates + 1,
         ), norms
+
+    def _store(self, opt_state: Any) -> Any:
+        """Fresh moments in the type that they are stored in."""
+
+        def store(x: Array) -> Array:
+            return x.astype(self.moment_dtype) if x.dtype == jnp.float32 and x.ndim else x
+
+        return jax.tree.map(store, opt_state)
 
     def _pin(self, grads: Any) -> Any:
         """Gradients laid out as their parameters are."""

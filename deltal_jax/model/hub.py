@@ -1,0 +1,40 @@
+"""Where a checkpoint is: a folder, or a repository of the Hugging Face hub."""
+
+import re
+from pathlib import Path
+
+from deltal_jax.errors import UserError
+
+#: What is taken of a repository: no other formats of the same weights.
+FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+
+
+def find_checkpoint(path: str, revision: str | None = None) -> Path:
+    """The folder of `model.path`: the path itself, or for a hub id (`organization/name`) the copy
+    in the hub's cache, fetched if need be at `revision` (branch, tag or commit).
+
+    HF_HOME moves the cache and HF_HUB_OFFLINE=1 forbids to fetch. Raises UserError where there is
+    neither a folder nor a repository.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise UserError(
+                f"model.revision: {path} is a folder, which has no revisions; leave out"
+            )
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise UserError(f"model.path: no folder {path}, and it is no hub id (organization/name)")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise UserError(
+            f"model.path: no folder {path}; to take it from the hub, pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=FILES))
+    except Exception as error:  # of the network, the hub, the cache: many kinds, one meaning
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"model.path: no folder {path}, and the hub does not give it: {reason}"
+        ) from error
