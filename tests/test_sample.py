@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import signal
 
 import jax
 import numpy as np
@@ -346,17 +347,20 @@ def test_on_a_terminal_a_refused_message_does_not_end_the_conversation(deltal, f
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """Ctrl-C at the fourth token of the first response."""
+    """Ctrl-C while the third token of the first response is drawn."""
     stream, calls = Engine.stream, itertools.count()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def broken(*arguments, **options):
         first = next(calls) == 0
         for count, token in enumerate(stream(*arguments, **options)):
-            if first and count == 3:
-                raise KeyboardInterrupt
+            if first and count == 2:
+                signal.raise_signal(signal.SIGINT)
             yield token
 
     monkeypatch.setattr(Engine, "stream", broken)
+    yield
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_ctrl_c_ends_a_response_and_the_conversation_goes_on(interrupted, fed, deltal, folders):

@@ -4,11 +4,12 @@ import argparse
 import contextlib
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deltal_jax.errors import UserError
 
@@ -177,7 +178,8 @@ def _ask_model(arguments: argparse.Namespace) -> int:
     model = _describe(checkpoint, dtype, time.perf_counter() - started)
     if text is not None:
         response = writer.respond(ids)
-        if not _show(response, text, as_json=arguments.json):
+        _show(response, text, as_json=arguments.json)
+        if response.finish == "interrupted":
             raise KeyboardInterrupt
         responses = [response]
     else:
@@ -197,25 +199,41 @@ def _prompt(given: str) -> str:
     return text
 
 
-def _show(response: "Response", prompt: str, *, as_json: bool) -> bool:
-    """Print a response as it is drawn, or as JSON at its end; whether it got to its end."""
-    finished = True
-    try:
+def _show(response: "Response", prompt: str, *, as_json: bool) -> None:
+    """Print a response as it is drawn, or as JSON at its end."""
+    with _interruptible(response):
         for part in response:
             if not as_json:
                 print(part, end="", flush=True)
-    except KeyboardInterrupt:
-        finished = False
     if as_json:
-        finish = "eos" if response.ended else "length" if finished else "interrupted"
         count, seconds = response.steady
         found = {"prompt": prompt, "response": response.text, "tokens": response.count}
-        found |= {"finish": finish, "seconds": round(response.seconds, 3)}
+        found |= {"finish": response.finish, "seconds": round(response.seconds, 3)}
         found |= {"tokens_per_s": round(count / seconds, 2) if seconds else None}
         print(json.dumps(found, ensure_ascii=False), flush=True)
     else:
         print(flush=True)
-    return finished
+
+
+@contextlib.contextmanager
+def _interruptible(response: "Response") -> Iterator[None]:
+    """Ctrl-C ends the response after the token at hand; a second one is an interrupt as usual.
+
+    An interrupt in the middle of a compilation leaves JAX in a state in which Python crashes when
+    it leaves.
+    """
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(*_: Any) -> None:
+        response.stop()
+        signal.signal(signal.SIGINT, before)
+
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _converse(
@@ -285,5 +303,5 @@ def _speed(responses: Sequence["Response"]) -> str:
     steady = [response.steady for response in responses]
     seconds = sum(seconds for _, seconds in steady)
     rate = f", {sum(count for count, _ in steady) / seconds:.1f} tokens/s" if seconds else ""
-    cut = ", cut off" if len(responses) == 1 and not responses[0].ended else ""
-    return f"{tokens} tokens{cut}{rate}"
+    cut = ", cut off" if len(responses) == 1 and responses[0].finish == "length" else ""
+    return f"{tokens} {'token' if tokens == 1 else 'tokens'}{cut}{rate}"

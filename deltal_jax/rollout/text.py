@@ -78,12 +78,17 @@ class Response:
         self._started, self._times = time.perf_counter(), list[float]()
         #: What was sampled so far, with the EOS.
         self.ids: list[int] = []
+        self._stopping = False
+
+    def stop(self) -> None:
+        """End it before the next token; for signal handlers, which may come at any time."""
+        self._stopping = True
 
     def __iter__(self) -> Iterator[str]:
         return self._tokenizer.stream(self._content())
 
     def _content(self) -> Iterator[int]:
-        for token in self._tokens:
+        while not self._stopping and (token := next(self._tokens, None)) is not None:
             self._times.append(time.perf_counter())
             self.ids.append(token)
             if not self.ended:
@@ -93,6 +98,11 @@ class Response:
     def ended(self) -> bool:
         """Whether the model ended it."""
         return bool(self.ids) and self.ids[-1] in self._tokenizer.eos_ids
+
+    @property
+    def finish(self) -> str:
+        """How it came to its end: by the model, at the length limit, or by `stop`."""
+        return "eos" if self.ended else "interrupted" if self._stopping else "length"
 
     @property
     def text(self) -> str:
