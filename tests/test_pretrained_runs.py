@@ -279,5 +279,5 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(checkpoint
     folder = fakes.write_checkpoint(tmp_path / "few", config)
     small_tokenizers.write_folder(folder, "qwen")
     config = dataclasses.replace(Config(), model=ModelConfig(path=str(folder)))
-    with pytest.raises(UserError, match=r"the tokenizer has \d+ ids, the model only 300 rows"):
+    with pytest.raises(UserError, match=r"has ids up to \d+, but the model has only 300 rows"):
         make_setup(config)

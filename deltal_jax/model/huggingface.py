@@ -86,6 +86,15 @@ def load_architecture(folder: Path) -> Architecture:
     return architecture_of(read_config(folder))
 
 
+def check_vocabulary(arch: Architecture, ids: int) -> None:
+    """Raises UserError where a tokenizer of so many ids has more than the model has rows."""
+    if ids > arch.vocab:
+        raise UserError(
+            f"model.path: the tokenizer has ids up to {ids - 1}, but the model has only "
+            f"{arch.vocab} rows (vocab_size); the files are of different models"
+        )
+
+
 def load_params(
     folder: Path, arch: Architecture, *, mesh: Mesh | None = None, dtype: Any = jnp.float32
 ) -> Any:

@@ -11,7 +11,7 @@ leaves do not grow with depth. `split_model` is called once; everything after is
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -298,11 +298,19 @@ class Transformer(nnx.Module):
         return self.logits(self.norm(last)), tuple(layers)
 
     def decode(
-        self, tokens: Int[Array, " S"], positions: Int[Array, " S"], cache: Cache
+        self,
+        tokens: Int[Array, " S"],
+        positions: Int[Array, " S"],
+        cache: Cache,
+        apart: Sequence[Any] | None = None,
     ) -> tuple[Float[Array, "S V"], Cache]:
-        """Logits after one new token a slot; layers are unrolled: the cache updates in place."""
+        """Logits after one new token a slot; layers are unrolled: the cache updates in place.
+
+        `apart`: the parameters of each layer, where `take_apart` has been called before: a program
+        of one step would copy them all out of the stack.
+        """
         x, layers = self.embedded(tokens[:, None]), []
-        for block, layer, local in zip(self._unstacked(), cache, self._local(), strict=True):
+        for block, layer, local in zip(self._unstacked(apart), cache, self._local(), strict=True):
             x, layer = block.step(x, positions[:, None], layer, local)
             layers.append(layer)
         return self.logits(self.norm(x[:, 0])), tuple(layers)
@@ -313,12 +321,16 @@ class Transformer(nnx.Module):
         dtype = jnp.dtype(self._compute_dtype())
         return init_cache(arch.layers, slots, arch.kv_heads, time, arch.head_dim, dtype)
 
-    def _unstacked(self) -> list[Block]:
+    def _unstacked(self, apart: Sequence[Any] | None = None) -> list[Block]:
         graphdef, stacked = nnx.split(self.blocks)
-        return [
-            nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], stacked))
-            for i in range(self.arch.layers)
-        ]
+        if apart is None:
+            apart = take_apart(stacked, self.arch.layers)
+        return [nnx.merge(graphdef, layer) for layer in apart]
+
+
+def take_apart(stacked: Any, layers: int) -> list[Any]:
+    """The parameters of each layer from those of all."""
+    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layers)]
 
 
 def make_linear(arch: Architecture, name: str, size: int, to: int, **options: Any) -> nnx.Linear:

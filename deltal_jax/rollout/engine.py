@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from deltal_jax.model.cache import Cache
-from deltal_jax.model.transformer import cast_weights
+from deltal_jax.model.transformer import cast_weights, take_apart
 from deltal_jax.rollout.sampling import sample, stream_keys, uniforms
 from deltal_jax.types import Prompts, Rollout
 
@@ -75,9 +75,18 @@ class Engine:
         self.options = options
         self._cast = jax.jit(functools.partial(cast_weights, graphdef))
         self._run = jax.jit(functools.partial(_generate, graphdef, options))
-        self._prefill = jax.jit(functools.partial(_prefill_one, graphdef, options))
+        self._prefill = jax.jit(
+            functools.partial(_prefill_one, graphdef), static_argnames="cache_length"
+        )
+        self._apart = jax.jit(
+            lambda blocks: take_apart(blocks, jax.tree.leaves(blocks)[0].shape[0])
+        )
+        self._draw = jax.jit(functools.partial(_draw_one, options))
         self._decode = jax.jit(
-            lambda params, *state: nnx.merge(graphdef, params).decode(*state), donate_argnums=3
+            lambda params, tokens, positions, cache, apart: nnx.merge(graphdef, params).decode(
+                tokens, positions, cache, apart
+            ),
+            donate_argnums=3,
         )
 
     def generate(
@@ -105,34 +114,65 @@ class Engine:
         )
 
     def stream(
-        self, params: Any, prompts: Prompts, key: Array, *, step: int = 0, round_: int = 0
+        self,
+        params: Any,
+        prompts: Prompts,
+        key: Array,
+        *,
+        step: int = 0,
+        round_: int = 0,
+        cache_length: int | None = None,
     ) -> Iterator[int]:
-        """The tokens of one response as they are drawn: the same ones that `generate` gives."""
+        """The tokens of one response as they are drawn: the same ones that `generate` gives.
+
+        Prompts of several widths share one compiled decoding where `cache_length` is the same; None
+        is what prompt and response may need.
+        """
         (raw_key,) = stream_keys(
             key, jnp.asarray(step), jnp.asarray(round_), jnp.asarray(prompts.positions), 1
         )
         length, params = int(prompts.lengths[0]), self._cast(params)
-        logits, cache = self._prefill(params, jnp.asarray(prompts.tokens), jnp.asarray([length]))
+        needed = prompts.tokens.shape[1] + self.options.max_response_length
+        logits, cache = self._prefill(
+            params,
+            jnp.asarray(prompts.tokens),
+            jnp.asarray([length]),
+            cache_length=max(needed, cache_length or 0),
+        )
+        apart = None  # a copy of all layers' parameters, which one more token is worth
         for count in range(self.options.max_response_length):
-            uniform = uniforms(raw_key[None], jnp.asarray([count]))
-            drawn = sample(logits, uniform, temperature=self.options.temperature)[0]
+            drawn = self._draw(logits, raw_key, jnp.asarray(count))
             yield int(drawn[0])
             if int(drawn[0]) in self.options.eos_ids:
                 return
-            logits, cache = self._decode(params, drawn, jnp.asarray([length + count]), cache)
+            apart = apart or self._apart(params["blocks"])
+            position = jnp.asarray([length + count])
+            logits, cache = self._decode(params, drawn, position, cache, apart)
 
 
 def _prefill_one(
     graphdef: nnx.GraphDef,
-    options: SamplingOptions,
     params: Any,
     tokens: Int[Array, "1 Tp"],
     lengths: Int[Array, " 1"],
+    *,
+    cache_length: int,
 ) -> tuple[Float[Array, "1 V"], Cache]:
     """Prefill of one prompt, with room in the cache for its response."""
     logits, prompt = nnx.merge(graphdef, params).prefill(tokens, lengths)
-    room = ((0, 0), (0, 0), (0, options.max_response_length), (0, 0))
+    room = ((0, 0), (0, 0), (0, cache_length - tokens.shape[1]), (0, 0))
     return logits, jax.tree.map(lambda x: jnp.pad(x, room), prompt)
+
+
+def _draw_one(
+    options: SamplingOptions,
+    logits: Float[Array, "1 V"],
+    key: UInt32[Array, " 2"],
+    count: Int[Array, ""],
+) -> Int[Array, " 1"]:
+    """The next token of one response, its `count`-th."""
+    uniform = uniforms(key[None], count[None])
+    return sample(logits, uniform, temperature=options.temperature)[0]
 
 
 def _generate(

@@ -138,10 +138,7 @@ def make_architecture(
         )
     else:
         arch = architecture_of(checkpoint_config)
-        if vocab > arch.vocab:
-            raise UserError(
-                f"model.path: the tokenizer has {vocab} ids, the model only {arch.vocab} rows"
-            )
+        huggingface.check_vocabulary(arch, vocab)
     return dataclasses.replace(
         arch,
         remat=model.remat,
