@@ -22,21 +22,31 @@ from flax import nnx
 from deltal_jax.model import huggingface
 from deltal_jax.model.huggingface import (
     export,
+    export_adapters,
     load_architecture,
     load_params,
     read_config,
 )
-from deltal_jax.model.transformer import Architecture, make_graphdef, parameter_count
+from deltal_jax.model.lora import TARGETS, LoRA, merge_adapters, overlay, trained
+from deltal_jax.model.transformer import (
+    Architecture,
+    abstract_params,
+    make_graphdef,
+    parameter_count,
+)
 from deltal_jax.rollout.engine import Engine, SamplingOptions
 from deltal_jax.types import Prompts
 from tests import fakes
 from tests.test_families import GOLDENS, OLD_FORMS
 
-REASON = "parity needs the extra `parity` (torch and transformers); goldens are in test_families.py"
+REASON = (
+    "parity needs the extra `parity` (torch, transformers, peft); goldens are in test_families.py"
+)
 torch = pytest.importorskip("torch", reason=REASON)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers", reason=REASON)
+    peft = pytest.importorskip("peft", reason=REASON)
 
 torch.set_num_threads(1)  # more would spin where other tests run beside
 
@@ -311,6 +321,31 @@ def test_a_config_in_the_old_form_means_the_same_to_both(name, tmp_path):
     got = fakes.forward(arch, load_params(folder, arch), TOKENS % 48)
     want = their_logits(theirs.eval(), TOKENS % 48)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), tuple(TARGETS)], ids=["two", "all"])
+def test_adapters_and_what_they_merge_into_give_the_same_logits_in_peft(case, targets, tmp_path):
+    lora = LoRA(rank=3, alpha=6.0, targets=targets)
+    arch = dataclasses.replace(case.arch, lora=lora)
+    random = np.random.default_rng(0)
+    adapters = jax.tree.map(
+        lambda x: jnp.asarray(random.normal(size=x.shape) * 0.1, jnp.float32),
+        trained(abstract_params(arch)),
+    )
+    params = overlay(case.params, adapters)
+    got = fakes.forward(arch, params, TOKENS)
+    export_adapters(tmp_path / "adapters", params, arch, base=str(case.folder))
+    fresh = named(CASES[case.folder.name][0]).from_pretrained(case.folder)
+    theirs = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapters").eval()
+    assert np.abs(got - their_logits(case.theirs, TOKENS)).max() > 0.1
+    np.testing.assert_allclose(got, their_logits(theirs, TOKENS), rtol=0, atol=3e-5)
+    read = peft.PeftConfig.from_pretrained(tmp_path / "adapters")
+    assert (read.r, read.lora_alpha, read.target_modules) == (3, 6, set(targets))
+    merged = theirs.merge_and_unload().state_dict()
+    ours = dict(huggingface._tensors(merge_adapters(params, lora), case.arch, jnp.float32))
+    for name, tensor in ours.items():
+        np.testing.assert_allclose(tensor, merged[name].numpy(), rtol=0, atol=1e-6)
 
 
 def test_the_defaults_of_absent_fields_are_theirs():
