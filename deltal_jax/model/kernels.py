@@ -3,9 +3,10 @@
 Both take whole rows and never build a T × T matrix. `attention.attend_rows` calls them.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from deltal_jax.parallel.sharding import MESH_AXES, ROW_AXES
 Kernel = Literal["xla", "cudnn", "splash"]
 #: The kernels that take segment ids; with the others a row holds one response.
 PACKS: tuple[Kernel, ...] = ("xla", "splash")
+#: Platform → its own kernel; others have none.
+OWN: dict[str, Kernel] = {"gpu": "cudnn", "tpu": "splash"}
 #: Splash takes lengths in multiples of this: the lanes of a TPU's registers.
 LANES = 128
 #: The most queries, and keys, that splash takes at once: 512 × 512 scores in float32 are 1 MiB of
@@ -29,7 +32,7 @@ def default_attention(platform: str, dtype: DTypeLike, head_dim: int, packed: bo
     """The kernel for `platform` ("cpu", "gpu" or "tpu", as `jax.default_backend()` says): the
     platform's own where it serves the type and the head_dim and, if `packed`, takes segment
     ids."""
-    own: Kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")
+    own = OWN.get(platform, "xla")
     served = refusal(own, dtype, head_dim) is None and (own in PACKS or not packed)
     return own if served else "xla"
 
@@ -182,12 +185,10 @@ def attend_splash(
     nobody = jnp.iinfo(jnp.int32).min
     owners = jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, extra)), constant_values=nobody)
 
-    def compiled(*arguments: Array) -> Array:
-        return _splash(*arguments, window, block, False)
-
-    def interpreted(*arguments: Array) -> Array:
-        return _splash(*arguments, window, block, True)
-
+    compiled, interpreted = (
+        functools.partial(_splash, window=window, block=block, interpret=interpret)
+        for interpret in (False, True)
+    )
     arguments = (*(_longer(x, extra).transpose(0, 2, 1, 3) for x in (q, k, v)), owners)
     found = jax.lax.platform_dependent(*arguments, tpu=compiled, default=interpreted)
     return found.transpose(0, 2, 1, 3)[:, :T]
@@ -198,6 +199,7 @@ def _splash(
     k: Float[Array, "N K T d"],
     v: Float[Array, "N K T d"],
     segment_ids: Int[Array, "N T"],
+    *,
     window: int | None,
     block: int,
     interpret: bool,
@@ -215,12 +217,19 @@ def _splash(
         mask = masks.LocalMask((T, T), (window - 1, 0), 0)
     # Not the fused backward pass: it keeps a part of q's gradient for each block of keys, which
     # grows with the square of the length.
-    names = "block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq".split()
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     kernel = splash.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * H),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
-        interpret=interpret,
+        masks.MultiHeadMask([mask] * H), block_sizes=sizes, interpret=interpret
     )
-    return jax.vmap(lambda q, k, v, owners: kernel(q, k, v, splash.SegmentIds(owners, owners)))(
-        q, k, v, segment_ids
-    )
+
+    def row(q: Array, k: Array, v: Array, owners: Array) -> Any:
+        return kernel(q, k, v, splash.SegmentIds(owners, owners))
+
+    return jax.vmap(row)(q, k, v, segment_ids)
