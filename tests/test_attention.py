@@ -199,18 +199,24 @@ def context(data, fsdp, tensor):
 
 
 @EIGHT
-def test_splash_on_a_mesh_is_splash_on_one_device():
-    """Rows over "data" and "fsdp", heads over "tensor", which does not divide those of keys."""
+@pytest.mark.parametrize("kernel", kernels.PACKS)
+def test_a_kernel_on_a_mesh_is_itself_on_one_device(kernel, monkeypatch):
+    """Rows over "data" and "fsdp", heads over "tensor", which does not divide those of keys; a
+    layer whose window is traced."""
+    monkeypatch.setattr("deltal_jax.model.attention.WHOLE_ROW", 16)
+    monkeypatch.setattr("deltal_jax.model.attention.QUERY_BLOCK", 16)
     rows, segments, weights = example(((20, 3),) * 4, heads=4, kv_heads=1)
 
-    def attend(q, k, v):
-        return attend_rows(q, k, v, segments, 7, kernel="splash")
+    def attend(q, k, v, local=True):
+        return attend_rows(q, k, v, segments, 7, local, kernel=kernel)
 
     alone = found_by(attend, rows, weights)
     with context(2, 2, 2):
         meshed = found_by(attend, rows, weights)
+        traced = jax.jit(attend)(*rows, jnp.asarray(False))
     assert meshed["out"].sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor")
     chex.assert_trees_all_close(meshed, alone, atol=1e-5)
+    chex.assert_trees_all_close(traced, plain(*rows, segments), atol=1e-5)
 
 
 @EIGHT

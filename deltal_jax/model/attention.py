@@ -4,6 +4,7 @@ A window is the number of tokens that a token of a local layer sees, itself incl
 whether this layer is one, known beforehand or traced in a scan over layers.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -63,7 +64,10 @@ def attend_rows(
 
     rows = (q, k, v, segment_ids)
     if kernel == "xla":
-        return _attend_xla(*rows, _reach(window, local))
+        attend_xla = functools.partial(_attend_xla, window=_reach(window, local))
+        # A scan over blocks makes the compiler gather the rows of all devices: for six layers of a
+        # 3B model on 32 v5e, 16.7 GiB of temporaries where 1.9 do.
+        return kernels.over_mesh(attend_xla, *rows) if q.shape[1] > WHOLE_ROW else attend_xla(*rows)
     if window is None or isinstance(local, bool):
         return attend(window if local is True else None)(*rows)
     # Both kernels take only a window that is known beforehand.

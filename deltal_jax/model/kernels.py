@@ -100,8 +100,8 @@ def over_mesh(
     v: Float[Array, "N T K d"],
     segment_ids: Int[Array, "N T"],
 ) -> Float[Array, "N T H d"]:
-    """`call` on the rows and heads of each device of the context's mesh; as it is where there is
-    no mesh, a mesh of one device, or inside `jax.shard_map`."""
+    """`call` on the rows and heads of each device of the context's mesh: see `attend`. As it is
+    where there is no mesh, a mesh of one device, or inside `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return call(q, k, v, segment_ids)
