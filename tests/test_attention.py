@@ -330,6 +330,17 @@ def test_a_row_of_8192_tokens_of_a_3b_layer_builds_no_square_matrix():
     assert not [sizes for sizes in shapes if sizes.count(str(T)) > 1]
 
 
+@pytest.fixture
+def no_compile_cache():
+    """What is compiled for a TPU that is not there cannot be read back, so it is not kept."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    jax.config.update(name, 1e9)
+    yield
+    jax.config.update(name, before)
+
+
+@pytest.mark.usefixtures("no_compile_cache")
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.xdist_group("libtpu")  # it locks
 @pytest.mark.parametrize("tensor", [1, 4])
