@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deltal_jax.model.attention import attend_rows, rope
+from deltal_jax.model.attention import rope
 from deltal_jax.model.transformer import (
     GatedMLP,
     RMSNorm,
@@ -145,22 +145,6 @@ def test_rope_scores_depend_on_the_distance_alone():
     assert abs(score(9, 4) - score(9, 5)) > 1e-3
     turned = turn(q, jnp.full((1, 1), 7), frequencies)
     assert float(jnp.linalg.norm(turned)) == pytest.approx(float(jnp.linalg.norm(q)), rel=1e-5)
-
-
-def test_grouped_attention_equals_attention_with_repeated_heads():
-    keys = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(keys[0], (2, 7, 6, 4))
-    k, v = (jax.random.normal(key, (2, 7, 2, 4)) for key in keys[1:])
-    segments = jnp.asarray([[0] * 7, [0, 0, 0, 1, 1, 1, 1]])
-    got = np.asarray(jax.jit(attend_rows)(q / 2.0, k, v, segments))
-    for n in range(2):
-        for head in range(6):
-            scores = np.asarray(q[n, :, head] @ k[n, :, head // 3].T) / 2.0
-            allowed = np.tril(np.ones((7, 7), bool))
-            allowed &= np.asarray(segments[n])[:, None] == np.asarray(segments[n])[None, :]
-            weights = np.where(allowed, np.exp(scores), 0.0)
-            want = weights / weights.sum(1, keepdims=True) @ np.asarray(v[n, :, head // 3])
-            np.testing.assert_allclose(got[n, :, head], want, atol=1e-5)
 
 
 def seen_from(j, tokens, logits):
@@ -371,34 +355,3 @@ def test_the_benchmark_model_is_an_architecture():
         d_ff=1024,
     )
     assert parameter_count(arch) == 4_458_752
-
-
-@pytest.mark.parametrize("window", [None, 7])
-def test_rows_in_query_blocks_equal_whole_rows_in_value_and_gradient(window, monkeypatch):
-    """Packed rows, grouped heads, with and without a window; the last block is a short one."""
-    rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.normal(size=(2, 50, 4, 8)), jnp.float32)
-    k, v = (jnp.asarray(rng.normal(size=(2, 50, 2, 8)), jnp.float32) for _ in range(2))
-    segments = jnp.asarray(np.sort(rng.integers(0, 4, (2, 50)), axis=1))
-    limit = None if window is None else jnp.asarray(window)
-
-    def total(q, k, v):
-        return jnp.sum(jnp.sin(attend_rows(q, k, v, segments, limit)))
-
-    whole = jax.value_and_grad(total, (0, 1, 2))(q, k, v)
-    monkeypatch.setattr("deltal_jax.model.attention.QUERY_BLOCK", 16)
-    blocks = jax.value_and_grad(total, (0, 1, 2))(q, k, v)
-    chex.assert_trees_all_close(blocks, whole, atol=1e-5)
-
-
-def test_memory_of_attention_grows_with_the_length_and_not_with_its_square():
-    def temporaries(T):
-        def total(q, k, v):
-            return jnp.sum(attend_rows(q, k, v, jnp.zeros((1, T), int)))
-
-        shape = jax.ShapeDtypeStruct((1, T, 4, 16), jnp.float32)
-        compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(shape, shape, shape).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    assert temporaries(16_384) < 8 * temporaries(4_096)
-    assert temporaries(16_384) < 4 * 16_384**2  # the scores of one head alone

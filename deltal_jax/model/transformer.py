@@ -88,6 +88,8 @@ class Architecture:
     local_layers: tuple[bool, ...] = ()
     #: Rotary base of the local layers; None: as the others.
     local_rope_theta: float | None = None
+    #: The kernel of attention over whole rows: see `model.attention.attend_rows`.
+    attention: Literal["xla", "cudnn", "splash"] = "xla"
 
 
 class RMSNorm(nnx.Module):
@@ -189,7 +191,8 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "N T D"], tuple[Array, Array]]:
         """Whole rows at once; also returns the layer's keys and values."""
         q, k, v = self.attention.project(self.attention_norm(x), positions, local)
-        found = attend_rows(q, k, v, segment_ids, window_of(self.arch, local))
+        kernel = self.arch.attention
+        found = attend_rows(q, k, v, segment_ids, window_of(self.arch), local, kernel=kernel)
         return self._add(x, found), (k, v)
 
     def step(
@@ -202,7 +205,7 @@ class Block(nnx.Module):
         """One new token a slot against the cache."""
         q, k, v = self.attention.project(self.attention_norm(x), positions, local)
         layer = write_token(layer, k, v, positions)
-        found = attend_cache(q, *layer, positions, window_of(self.arch, local))
+        found = attend_cache(q, *layer, positions, window_of(self.arch), local)
         return self._add(x, found), layer
 
     def _add(self, x: Float[Array, "N T D"], heads: Float[Array, "N T H d"]) -> Array:
@@ -385,11 +388,9 @@ def _scaled(
     return smooth * frequencies + (1.0 - smooth) * slowed
 
 
-def window_of(arch: Architecture, local: Local) -> Int[Array, ""] | None:
-    """How many tokens a token of this layer sees, itself included; None: all before it."""
-    if arch.sliding_window is None or not any(arch.local_layers):
-        return None
-    return jnp.where(local, arch.sliding_window, jnp.iinfo(jnp.int32).max)
+def window_of(arch: Architecture) -> int | None:
+    """How many tokens a token of a local layer sees, itself included; None: no layer is local."""
+    return arch.sliding_window if any(arch.local_layers) else None
 
 
 def init_model(arch: Architecture, key: Array) -> Transformer:

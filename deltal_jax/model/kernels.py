@@ -1,0 +1,235 @@
+"""Attention on accelerators: cuDNN's flash attention and, in Pallas, splash attention.
+
+Both take whole rows and never build a T × T matrix. `attention.attend_rows` calls them.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from deltal_jax.errors import UserError
+from deltal_jax.parallel.sharding import MESH_AXES, ROW_AXES
+
+Kernel = Literal["xla", "cudnn", "splash"]
+#: The kernels that take segment ids; with the others a row holds one response.
+PACKS: tuple[Kernel, ...] = ("xla", "splash")
+#: Platform → its own kernel; others have none.
+OWN: dict[str, Kernel] = {"gpu": "cudnn", "tpu": "splash"}
+#: Splash takes lengths in multiples of this: the lanes of a TPU's registers.
+LANES = 128
+#: The most queries, and keys, that splash takes at once: 512 × 512 scores in float32 are 1 MiB of
+#: the 16 MiB that a kernel has on a v5e. Not tuned on a TPU.
+SPLASH_BLOCK = 512
+
+
+def default_attention(platform: str, dtype: DTypeLike, head_dim: int, packed: bool) -> Kernel:
+    """The kernel for `platform` ("cpu", "gpu" or "tpu", as `jax.default_backend()` says): the
+    platform's own where it serves the type and the head_dim and, if `packed`, takes segment
+    ids."""
+    own = OWN.get(platform, "xla")
+    served = refusal(own, dtype, head_dim) is None and (own in PACKS or not packed)
+    return own if served else "xla"
+
+
+def refusal(kernel: Kernel, dtype: DTypeLike, head_dim: int) -> str | None:
+    """Why `kernel` does not serve heads of this type and size, in one line; None: it does.
+
+    cuDNN: float16 or bfloat16, head_dim a multiple of 8 up to 128, from Hopper on up to 256.
+    Splash: bfloat16 or float32. Source: `check_layout` and `check_is_flash_attention` in
+    jax/_src/cudnn/fused_attention_stablehlo.py; the types Mosaic multiplies.
+    """
+    name = jnp.dtype(dtype).name
+    if kernel == "cudnn" and name not in ("bfloat16", "float16"):
+        return f"cudnn computes in bfloat16 or float16, not {name}"
+    if kernel == "cudnn" and (head_dim % 8 or head_dim > _cudnn_head_dim()):
+        most = _cudnn_head_dim()
+        return f"cudnn takes a head_dim that is a multiple of 8 up to {most} here, not {head_dim}"
+    if kernel == "splash" and name not in ("bfloat16", "float32"):
+        return f"splash computes in bfloat16 or float32, not {name}"
+    return None
+
+
+def _cudnn_head_dim() -> int:
+    """The largest head_dim that cuDNN takes on the GPU here."""
+    if jax.default_backend() != "gpu":
+        return 128
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", "0"))
+    return 256 if float(capability) >= 9.0 else 128
+
+
+def attend(
+    kernel: Kernel,
+    q: Float[Array, "N T H d"],
+    k: Float[Array, "N T K d"],
+    v: Float[Array, "N T K d"],
+    segment_ids: Int[Array, "N T"],
+    window: int | None = None,
+) -> Float[Array, "N T H d"]:
+    """`attention.attend_rows` by cuDNN or splash, each device its own rows and heads.
+
+    The compiler does not partition these kernels. Where the context has a mesh (`with
+    jax.set_mesh(mesh):` around the call of the jitted function), rows are split over its axes
+    "data" and "fsdp" and heads over "tensor"; where these do not divide them, they stay whole, and
+    key-value heads are repeated. Raises UserError where the kernel does not serve the type or the
+    head_dim, or is not of this platform.
+    """
+    said = refusal(kernel, q.dtype, q.shape[-1])
+    if said is None and kernel == "cudnn" and jax.default_backend() != "gpu":
+        said = f"cudnn needs a GPU, and JAX runs on {jax.default_backend()} here"
+    if said is not None:
+        raise UserError(f"model.attention: {said}; set it to auto or xla")
+
+    def call(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+        if kernel == "cudnn":
+            return attend_cudnn(q, k, v, window)
+        return attend_splash(q, k, v, segment_ids, window)
+
+    return over_mesh(call, q, k, v, segment_ids)
+
+
+def over_mesh(
+    call: Callable[[Array, Array, Array, Array], Array],
+    q: Float[Array, "N T H d"],
+    k: Float[Array, "N T K d"],
+    v: Float[Array, "N T K d"],
+    segment_ids: Int[Array, "N T"],
+) -> Float[Array, "N T H d"]:
+    """`call` on the rows and heads of each device of the context's mesh: see `attend`. As it is
+    where there is no mesh, a mesh of one device, or inside `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return call(q, k, v, segment_ids)
+    axes = tuple(axis for axis in ROW_AXES if axis in mesh.shape)
+    rows = axes if q.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
+    heads = MESH_AXES["heads"]
+    parts = mesh.shape.get(heads, 1)
+    if parts == 1 or q.shape[2] % parts:
+        heads = None
+    else:
+        k, v = (jnp.repeat(x, _copies(q.shape[2], k.shape[2], parts), axis=2) for x in (k, v))
+    split = PartitionSpec(rows, None, heads, None)
+    specs = (split, split, split, PartitionSpec(rows, None))
+    # What varies over the mesh is not checked: a Pallas kernel does not say it of its results.
+    share = jax.shard_map(call, in_specs=specs, out_specs=split, check_vma=False)
+    return share(q, k, v, segment_ids)
+
+
+def _copies(heads: int, kv_heads: int, parts: int) -> int:
+    """The fewest copies of each key-value head, so that `parts` divides them; it divides
+    `heads`."""
+    group = heads // kv_heads
+    return next(
+        copies
+        for copies in range(1, group + 1)
+        if group % copies == 0 and kv_heads * copies % parts == 0
+    )
+
+
+def attend_cudnn(
+    q: Float[Array, "N T H d"],
+    k: Float[Array, "N T K d"],
+    v: Float[Array, "N T K d"],
+    window: int | None = None,
+    *,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "N T H d"]:
+    """Causal attention over whole rows by cuDNN, which takes no segment ids here.
+
+    A row must hold one response, padded on the right. Causality alone is then exact for all its
+    tokens; what the padding finds is finite, and no loss reads it. An odd length is padded by one
+    more: the backward pass takes none. The scale is in `q`.
+
+    Source: Dao et al., arXiv 2205.14135. `implementation="xla"` is the same call on any platform.
+    """
+    T = q.shape[1]
+    found = jax.nn.dot_product_attention(
+        *(_longer(x, T % 2) for x in (q, k, v)),
+        scale=1.0,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+    return found[:, :T]
+
+
+def _longer(x: Float[Array, "N T H d"], extra: int) -> Float[Array, "N U H d"]:
+    """`x` with so many more zeros at the end of its rows."""
+    return jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0)))
+
+
+def attend_splash(
+    q: Float[Array, "N T H d"],
+    k: Float[Array, "N T K d"],
+    v: Float[Array, "N T K d"],
+    segment_ids: Int[Array, "N T"],
+    window: int | None = None,
+) -> Float[Array, "N T H d"]:
+    """Causal attention inside the segments of each row, by the splash kernel of Pallas; blocks that
+    the mask leaves empty are skipped. The scale is in `q`.
+
+    Off a TPU the kernel is interpreted: slow, for tests. Rows are padded to whole blocks by a
+    segment of their own.
+
+    Source: jax/experimental/pallas/ops/tpu/splash_attention.
+    """
+    T = q.shape[1]
+    blocks = -(-T // SPLASH_BLOCK)
+    block = LANES * -(-T // (LANES * blocks))
+    extra = blocks * block - T
+    nobody = jnp.iinfo(jnp.int32).min
+    owners = jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, extra)), constant_values=nobody)
+
+    compiled, interpreted = (
+        functools.partial(_splash, window=window, block=block, interpret=interpret)
+        for interpret in (False, True)
+    )
+    arguments = (*(_longer(x, extra).transpose(0, 2, 1, 3) for x in (q, k, v)), owners)
+    found = jax.lax.platform_dependent(*arguments, tpu=compiled, default=interpreted)
+    return found.transpose(0, 2, 1, 3)[:, :T]
+
+
+def _splash(
+    q: Float[Array, "N H T d"],
+    k: Float[Array, "N K T d"],
+    v: Float[Array, "N K T d"],
+    segment_ids: Int[Array, "N T"],
+    *,
+    window: int | None,
+    block: int,
+    interpret: bool,
+) -> Float[Array, "N H T d"]:
+    """The kernel, row by row; T is a multiple of `block`, and that of `LANES`."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    H, T = q.shape[1:3]
+    if window is None:
+        mask = masks.CausalMask((T, T))
+    else:
+        mask = masks.LocalMask((T, T), (window - 1, 0), 0)
+    # Not the fused backward pass: it keeps a part of q's gradient for each block of keys, which
+    # grows with the square of the length.
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    kernel = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([mask] * H), block_sizes=sizes, interpret=interpret
+    )
+
+    def row(q: Array, k: Array, v: Array, owners: Array) -> Any:
+        return kernel(q, k, v, splash.SegmentIds(owners, owners))
+
+    return jax.vmap(row)(q, k, v, segment_ids)
