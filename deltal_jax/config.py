@@ -96,6 +96,9 @@ class ModelConfig:
         "float32", "type of the trained parameters; bfloat16 is rounded stochastically"
     )
     compute_dtype: DType = _field("bfloat16", "type of activations and of the matrix products")
+    attention: Literal["auto", "xla", "cudnn", "splash"] = _field(
+        "auto", "kernel of attention: cudnn on GPUs (not with rl.pack), splash on TPUs, else xla"
+    )
     layers: int = _field(3, "number of layers", low=1)
     d_model: int = _field(64, "width of the residual stream", low=1)
     heads: int = _field(2, "query heads", low=1)

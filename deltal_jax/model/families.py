@@ -256,7 +256,7 @@ def config_of(arch: Architecture) -> Config:
     }
     if not arch.qk_norm:
         config["mlp_bias"] = arch.mlp_bias
-    how = dict(remat=arch.remat, compute_dtype=arch.compute_dtype)
+    how: Config = {name: getattr(arch, name) for name in ("remat", "compute_dtype", "attention")}
     if dataclasses.replace(architecture_of(config), **how) != arch:
         raise UserError("export: the model has a shape that no supported family describes")
     return config

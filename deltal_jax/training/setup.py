@@ -17,6 +17,7 @@ from deltal_jax.errors import UserError
 from deltal_jax.model import huggingface
 from deltal_jax.model.families import architecture_of
 from deltal_jax.model.hub import find_checkpoint
+from deltal_jax.model.kernels import PACKS, Kernel, default_attention, refusal
 from deltal_jax.model.lora import LoRA, overlay, trained
 from deltal_jax.model.transformer import (
     Architecture,
@@ -143,8 +144,21 @@ def make_architecture(
         arch,
         remat=model.remat,
         compute_dtype=model.compute_dtype,
+        attention=_kernel(config, arch.head_dim),
         lora=LoRA(lora.rank, lora.alpha, lora.targets) if lora.rank else None,
     )
+
+
+def _kernel(config: Config, head_dim: int) -> Kernel:
+    """The kernel of attention. Raises UserError where the config names one that can't serve it."""
+    wanted, dtype, packed = config.model.attention, config.model.compute_dtype, config.rl.pack
+    if wanted == "auto":
+        return default_attention(jax.default_backend(), dtype, head_dim, packed)
+    if said := refusal(wanted, dtype, head_dim):
+        raise UserError(f"model.attention: {said}; set it to auto or xla")
+    if packed and wanted not in PACKS:
+        raise UserError(f"rl.pack: {wanted} takes one response a row; set it to false")
+    return wanted
 
 
 def init_params(setup: Setup, key: jax.Array) -> Any:

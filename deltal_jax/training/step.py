@@ -147,15 +147,27 @@ class Update:
             return dataclasses.replace(empty, grads=self._pin(empty.grads))
 
         self.gradient = gradient
-        self.add = jax.jit(add, donate_argnums=1)
+        self.add = self._jit(add, donate_argnums=1)
         #: log π of each token of a bucket, Float[N T], at the temperature of the terms.
-        self.logprobs = jax.jit(
+        self.logprobs = self._jit(
             lambda params, bucket: bucket_logprobs(graphdef, params, bucket, terms, shards)[0]
         )
         self._zero = jax.jit(zero)
         self.apply = jax.jit(self._apply, donate_argnums=0)
         #: One micro-batch and its optimizer step in one program; the metrics stay on the device.
-        self.single = jax.jit(single, donate_argnums=0)
+        self.single = self._jit(single, donate_argnums=0)
+
+    def _jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """Compiled where the mesh is known to the kernels of attention, which split by it."""
+        compiled = jax.jit(function, **options)
+        if self.mesh is None:
+            return compiled
+
+        def call(*arguments: Any) -> Any:
+            with jax.set_mesh(self.mesh):
+                return compiled(*arguments)
+
+        return call
 
     def init(
         self, params: Any, key: Array, *, reference: bool = False, donate: bool = False
