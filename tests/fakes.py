@@ -9,9 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+from deltal_jax.config import load_config
+from deltal_jax.errors import UserError
 from deltal_jax.model.transformer import (
     Architecture,
     RopeScaling,
@@ -307,3 +310,11 @@ def write_checkpoint(
     tensors = checkpoint_tensors(config) if tensors is None else tensors
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def config_refusal(overrides: dict[str, Any]) -> str:
+    """The one line with which `countdown-tiny` is refused under overrides."""
+    with pytest.raises(UserError) as refused:
+        load_config("countdown-tiny", overrides)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)

@@ -1,0 +1,126 @@
+"""Configs as YAML: files, the experiments that come with the package, `key.sub=value` overrides."""
+
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deltal_jax.config.fields import build
+from deltal_jax.config.rules import check
+from deltal_jax.config.schema import Config
+from deltal_jax.errors import UserError
+
+
+def load_config(name: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Read a YAML config by path or name and apply dotted overrides, `{"rl.steps": 10}`."""
+    path = find_config(str(name))
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
+    tree.setdefault("run", {})
+    if isinstance(tree["run"], dict):
+        tree["run"].setdefault("name", path.stem)
+    for key, value in (overrides or {}).items():
+        _set(tree, key, value)
+    config = build(Config, tree)
+    check(config)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    tree = _plain(dataclasses.asdict(config))
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=100)
+
+
+def parse_overrides(items: list[str]) -> dict[str, Any]:
+    """`["rl.steps=10"]` to `{"rl.steps": 10}`; values are YAML."""
+    overrides = {}
+    for item in items:
+        key, separator, text = item.partition("=")
+        if not separator or not key:
+            raise UserError(f"override {item!r}: expected key.sub=value, such as rl.steps=10")
+        try:
+            overrides[key] = yaml.load(text, _Loader)
+        except (yaml.YAMLError, ValueError) as error:
+            raise UserError(f"{key}: {text[:60]!r} is not valid YAML") from error
+    return overrides
+
+
+def find_config(name: str) -> Path:
+    """The file of a config: a path, or the name of one that comes with the package."""
+    for path in (Path(name), config_folder() / f"{name.removesuffix('.yaml')}.yaml"):
+        try:
+            if path.is_file():
+                return path
+        except (OSError, ValueError):  # a name too long, or with a NUL
+            break
+    folder = config_folder()
+    known = [str(p.relative_to(folder).with_suffix("")) for p in sorted(folder.rglob("*.yaml"))]
+    raise UserError(
+        f"config: no file {name!r} and no config of that name"
+        f"{_nearest(name, known)}; `deltal configs` lists them"
+    )
+
+
+def config_folder() -> Path:
+    """The folder of the experiments that come with the package: inside it where it is installed,
+    beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 3e-4 as a number (YAML 1.1 wants 3.0e-4) and refuses repeated keys."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        repeated = next((key for key in keys if keys.count(key) > 1), None)
+        if repeated is not None:
+            raise yaml.YAMLError(f"key {repeated!r} appears twice")
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would read as a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
+
+
+def _set(tree: dict, key: str, value: Any) -> None:
+    if isinstance(value, dict):  # a whole section: field by field, so that the others stay
+        for name, item in value.items():
+            _set(tree, f"{key}.{name}", item)
+        return
+    *parents, last = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise UserError(f"{key}: {parent} is a value, not a section")
+    tree[last] = value
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,108 @@
+"""Rules that span fields. The bounds of a single field are in `schema.py`."""
+
+from deltal_jax.config.schema import Config, ModelConfig, ObjectiveConfig
+from deltal_jax.errors import UserError
+
+#: Aggregations that take a scope; the others have one of their own, or none.
+SCOPED = (
+    "delta_l",
+    "sequence_mean",
+    "token_mean",
+    "constant_length",
+    "sequence_sum",
+    "inverse_variance",
+)
+#: Fields of a new model's shape, which a checkpoint brings by itself.
+SHAPE = (
+    "layers",
+    "d_model",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "d_ff",
+    "tied_embeddings",
+    "rope_theta",
+    "norm_epsilon",
+)
+
+
+def check(config: Config) -> None:
+    """Raise a UserError if fields contradict each other."""
+    rl, rollout, task = config.rl, config.rollout, config.task
+    if task.max_number > task.max_value:
+        raise UserError(
+            f"task.max_number: {task.max_number} is over task.max_value={task.max_value}"
+        )
+    _check_model(config)
+    buckets = config.bucket_edges
+    if list(buckets) != sorted(set(buckets)):
+        raise UserError("length_buckets: must increase")
+    if rl.prompts_per_step % rl.updates_per_rollout:
+        raise UserError(
+            f"rl.updates_per_rollout: {rl.updates_per_rollout} does not divide "
+            f"rl.prompts_per_step={rl.prompts_per_step}"
+        )
+    longest = rollout.max_prompt_length + rollout.max_response_length
+    if buckets[-1] < longest:
+        raise UserError(
+            f"length_buckets: the last is {buckets[-1]}, but prompt and response may "
+            f"take rollout.max_prompt_length + rollout.max_response_length = {longest} tokens"
+        )
+    if rl.samples_per_prompt == 1 and config.objective.advantage != "batch_standardize":
+        raise UserError(
+            "rl.samples_per_prompt: a group of 1 has no spread, so every advantage would be 0; "
+            "use at least 2, or objective.advantage=batch_standardize"
+        )
+    _check_objective(config.objective)
+
+
+def _check_model(config: Config) -> None:
+    model, lora = config.model, config.lora
+    if model.path is not None:
+        for name in SHAPE:
+            if getattr(model, name) != getattr(ModelConfig(), name):
+                raise UserError(f"model.{name}: comes with the checkpoint of model.path; leave out")
+    elif model.revision is not None:
+        raise UserError("model.revision: is that of a hub id; set model.path too")
+    elif lora.rank:
+        raise UserError("lora.rank: adapters need a trained model beside them; set model.path")
+    if lora.rank and config.model.param_dtype != "float32":
+        raise UserError("model.param_dtype: adapters are trained in float32; leave it out")
+    kv_heads = model.heads if model.kv_heads is None else model.kv_heads
+    if model.heads % kv_heads:
+        raise UserError(f"model.kv_heads: {kv_heads} does not divide model.heads={model.heads}")
+    head_dim = model.d_model / model.heads if model.head_dim is None else model.head_dim
+    if head_dim % 2:
+        raise UserError(
+            f"model.head_dim: {head_dim:g} is not an even number; set it, or a model.d_model that "
+            f"model.heads={model.heads} divides into even heads"
+        )
+
+
+def _check_objective(objective: ObjectiveConfig) -> None:
+    methods = {objective.aggregation}
+    if objective.kl_coefficient or objective.entropy_coefficient:
+        methods.add(objective.auxiliary_aggregation)
+    for method in methods:
+        if objective.scope != "batch" and method not in SCOPED:
+            raise UserError(f"objective.scope: {method} has no scope to choose; leave it at batch")
+        if objective.count_masked and method in ("token_sum", "balanced"):
+            raise UserError(
+                f"objective.count_masked: {method} has no denominator that keeps filtered "
+                "responses; leave it at false"
+            )
+    low = objective.clip_low
+    if low is not None and low > 1 and objective.surrogate != "gmpo":
+        raise UserError(f"objective.clip_low: 1 - {low:g} is below every ratio; use at most 1")
+    if "inverse_variance" in methods and objective.rho is None:
+        raise UserError(
+            "objective.rho: inverse_variance needs it, such as [0.2, 0.1]; for a variance of "
+            "L^β use delta_l with objective.alpha=β"
+        )
+    if objective.rho is not None and max(map(abs, objective.rho)) > 1:
+        raise UserError(f"objective.rho: an autocorrelation is in -1 … 1, got {objective.rho}")
+    if objective.importance_correction != "none" and objective.old_logprobs == "sampler":
+        raise UserError(
+            "objective.importance_correction: needs the trainer's own log-probabilities; set "
+            "objective.old_logprobs=recompute"
+        )

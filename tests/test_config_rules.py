@@ -1,0 +1,123 @@
+"""Fields that contradict each other are refused, and those at the edge are not."""
+
+import pytest
+
+from deltal_jax.config import SCOPED, load_config
+from deltal_jax.objective.advantages import ADVANTAGES
+from deltal_jax.objective.aggregation import AGGREGATIONS
+from deltal_jax.objective.correction import CORRECTIONS
+from tests.fakes import config_refusal
+
+TINY = "countdown-tiny"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            {"model.heads": 4, "model.kv_heads": 3},
+            "model.kv_heads: 3 does not divide model.heads=4",
+        ),
+        ({"model.head_dim": 3}, "model.head_dim: 3 is not an even number"),
+        ({"model.head_dim": None, "model.heads": 3}, "model.head_dim: 21.3333 is not an even"),
+        ({"model.head_dim": None, "model.d_model": 12}, "model.head_dim: 3 is not an even number"),
+        ({"length_buckets": [64, 32, 200]}, "length_buckets: must increase"),
+        ({"length_buckets": [64, 64, 200]}, "length_buckets: must increase"),
+        (
+            {"rl.updates_per_rollout": 3},
+            "rl.updates_per_rollout: 3 does not divide rl.prompts_per_step=16",
+        ),
+        (
+            {"rollout.max_response_length": 193},
+            "length_buckets: the last is 200, but prompt and response may take "
+            "rollout.max_prompt_length + rollout.max_response_length = 201 tokens",
+        ),
+        ({"rl.samples_per_prompt": 1}, "rl.samples_per_prompt: a group of 1 has no spread"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(overrides, expected):
+    assert config_refusal(overrides).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.heads": 4, "model.kv_heads": 2},
+        {"model.head_dim": None, "model.d_model": 12, "model.heads": 3},
+        {"length_buckets": [200]},
+        {"rl.updates_per_rollout": 16},
+        {"rl.samples_per_prompt": 2},
+    ],
+)
+def test_fields_that_agree_at_the_edge_are_accepted(overrides):
+    load_config(TINY, overrides)
+
+
+def test_given_numbers_that_the_vocabulary_lacks_are_refused_before_a_run_starts():
+    """Over max_value a number has no token, and two of them may have no legal operation at all."""
+    said = config_refusal({"task.max_number": 61})
+    assert "task.max_number" in said
+    assert "task.max_value" in said
+    load_config(TINY, {"task.max_number": 60})
+
+
+SCOPELESS = ["balanced", "local_token_mean", "prompt_mean", "token_sum"]
+
+
+def test_aggregations_are_those_with_a_scope_to_choose_and_those_without():
+    assert sorted([*SCOPED, *SCOPELESS]) == sorted(AGGREGATIONS)
+
+
+@pytest.mark.parametrize("scope", ["minibatch", "group"])
+@pytest.mark.parametrize("name", SCOPELESS)
+def test_a_scope_for_an_aggregation_that_has_none_is_refused(name, scope):
+    expected = f"objective.scope: {name} has no scope to choose; leave it at batch"
+    scoped = {"objective.scope": scope}
+    assert config_refusal(scoped | {"objective.aggregation": name}) == expected
+    other = scoped | {"objective.auxiliary_aggregation": name}
+    load_config(TINY, other)  # without a KL or entropy term it weighs nothing
+    for term in ("kl_coefficient", "entropy_coefficient"):
+        assert config_refusal(other | {f"objective.{term}": 0.1}) == expected
+
+
+@pytest.mark.parametrize("scope", ["batch", "minibatch", "group"])
+@pytest.mark.parametrize("name", SCOPED)
+def test_every_scope_is_accepted_for_an_aggregation_that_has_one(name, scope):
+    options = {"objective.aggregation": name, "objective.scope": scope, "objective.rho": [0.1]}
+    assert load_config(TINY, options).objective.scope == scope
+
+
+def test_inverse_variance_without_an_autocorrelation_is_refused_with_the_way_out():
+    expected = (
+        "objective.rho: inverse_variance needs it, such as [0.2, 0.1]; for a variance of L^β use "
+        "delta_l with objective.alpha=β"
+    )
+    assert config_refusal({"objective.aggregation": "inverse_variance"}) == expected
+    auxiliary = {"objective.auxiliary_aggregation": "inverse_variance"}
+    load_config(TINY, auxiliary)
+    assert config_refusal(auxiliary | {"objective.kl_coefficient": 0.1}) == expected
+
+
+@pytest.mark.parametrize("rho", [[1.01], [0.2, -1.5]])
+def test_an_autocorrelation_beyond_one_is_refused(rho):
+    expected = f"objective.rho: an autocorrelation is in -1 … 1, got {tuple(rho)}"
+    assert config_refusal({"objective.rho": rho}) == expected
+    load_config(TINY, {"objective.rho": [1.0, -1.0]})
+
+
+@pytest.mark.parametrize("name", sorted(set(CORRECTIONS) - {"none"}))
+def test_a_correction_of_the_samplers_logprobs_against_themselves_is_refused(name):
+    correction = {"objective.importance_correction": name}
+    assert config_refusal(correction) == (
+        "objective.importance_correction: needs the trainer's own log-probabilities; set "
+        "objective.old_logprobs=recompute"
+    )
+    load_config(TINY, correction | {"objective.old_logprobs": "recompute"})
+
+
+def test_a_group_of_one_needs_an_advantage_over_the_batch():
+    alone = {"rl.samples_per_prompt": 1}
+    for name in sorted(set(ADVANTAGES) - {"batch_standardize"}):
+        said = config_refusal(alone | {"objective.advantage": name})
+        assert said.startswith("rl.samples_per_prompt: a group of 1 has no spread")
+    load_config(TINY, alone | {"objective.advantage": "batch_standardize"})
