@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -10,7 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument("--to", metavar="FOLDER", required=True, help="a folder that is made anew")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="type of the weights"
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="type of the weights; default: bfloat16, of adapters float32",
     )
     parser.add_argument(
         "--merge",
@@ -39,8 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids)}
     files = {"generation_config.json": (json.dumps(generation, indent=2) + "\n").encode()}
     files |= tokenizer.files()
-    options = {"files": files, "dtype": arguments.dtype}
-    if lora is not None and not arguments.merge:
+    adapters = lora is not None and not arguments.merge
+    dtype = arguments.dtype or ("float32" if adapters else "bfloat16")
+    options: dict[str, Any] = {"files": files, "dtype": dtype}
+    if adapters:
         base = str(setup.config.model.path)
         huggingface.export_adapters(folder, params, arch, base=base, **options)
         written = trained(params)
@@ -51,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     figures = {
         "folder": str(folder),
         "parameters": sum(x.size for x in jax.tree.leaves(written)),
-        "dtype": arguments.dtype,
+        "dtype": dtype,
         "step": source.position.step,
     }
     if arguments.json:

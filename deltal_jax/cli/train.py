@@ -68,7 +68,12 @@ def _parse_profile(text: str | None) -> tuple[int, int] | None:
 
 def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
     from deltal_jax.config import dump_config
-    from deltal_jax.training.describe import batch_arithmetic, formula, memory_estimate
+    from deltal_jax.training.describe import (
+        batch_arithmetic,
+        describe_model,
+        formula,
+        memory_estimate,
+    )
     from deltal_jax.training.run_folder import check_run_folder
     from deltal_jax.training.setup import check_setup, make_setup
 
@@ -83,6 +88,7 @@ def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
         print(json.dumps({"batch": counts, "memory_bytes": memory, "formula": formula(config)}))
         return 0
     print(dump_config(config))
+    print(f"{describe_model(config, setup.architecture)}\n")
     print(formula(config), end="\n\n")
     for key, value in counts.items():
         print(f"{key.replace('_', ' '):32}{value:>14,}")

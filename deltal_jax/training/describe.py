@@ -200,7 +200,7 @@ def _trained_count(arch: Architecture) -> int:
 def memory_estimate(config: Config, arch: Architecture) -> dict[str, int]:
     """Bytes that a step needs on its device, by part; an estimate from shapes and types."""
     model, own = config.model, _trained_count(arch)
-    frozen = parameter_count(arch) - own
+    frozen = (parameter_count(arch) - own) * BYTES["bfloat16"]
     stored, computed = BYTES[model.param_dtype], BYTES[model.compute_dtype]
     time = config.rollout.max_prompt_length + config.rollout.max_response_length
     slots = max(config.rollout.slots, 1)
@@ -210,12 +210,12 @@ def memory_estimate(config: Config, arch: Architecture) -> dict[str, int]:
         _activations(arch, bucket_rows(edge, budget), edge, computed) for edge in edges
     )
     parts = {
-        "parameters": own * stored + frozen * BYTES["bfloat16"],
+        "parameters": own * stored + frozen,
         "optimizer": 2 * own * BYTES[config.rl.optimizer.moment_dtype],
         "gradients": 2 * own * FLOAT_BYTES,
         "reference": own * stored if config.objective.kl_coefficient else 0,
         "activations": activations,
-        "sampling_weights": (own + frozen) * computed if computed < stored else 0,
+        "sampling_weights": own * computed if computed < stored else 0,
         "kv_cache": cache,
     }
     return parts | {"total": sum(parts.values())}
