@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
+#: Tokens whose masses are summed before the running sum: the lanes of a TPU.
+BLOCK = 128
+
 
 def stream_keys(
     key: Array,
@@ -40,22 +43,76 @@ def uniforms(keys: UInt32[Array, "S 2"], counters: Int[Array, " S"]) -> Float[Ar
 
 
 def sample(
-    logits: Float[Array, "S V"], uniform: Float[Array, " S"], *, temperature: float
+    logits: Float[Array, "S V"],
+    uniform: Float[Array, " S"],
+    *,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
     """Draw one token a row by the inverse distribution function; also its log-probability.
 
-    The log-probability is that of softmax(logits / temperature), the distribution drawn from.
-    Temperature 0 takes the most likely token, with log-probability 0.
+    The distribution is softmax(logits / temperature) over the tokens that `keep` leaves, and the
+    log-probability is that of this distribution. Temperature 0 takes the most likely token, with
+    log-probability 0.
     """
     logits = logits.astype(jnp.float32)
     if temperature == 0.0:
         return jnp.argmax(logits, axis=-1), jnp.zeros(logits.shape[0], jnp.float32)
-    logits = logits / temperature
-    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
-    cumulative = jnp.cumsum(jnp.exp(shifted), axis=-1)
-    total = cumulative[:, -1:]
-    # Strictly below the total, so that the first entry above the threshold exists and has mass.
-    threshold = jnp.minimum(uniform[:, None] * total, jnp.nextafter(total, 0.0))
-    tokens = jnp.sum(cumulative <= threshold, axis=-1)
-    chosen = jnp.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(shifted, axis=-1)
+    scores = keep(logits / temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    scores = scores - jnp.max(scores, axis=-1, keepdims=True)
+    tokens, total = _inverse(scores, uniform)
+    chosen = jnp.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - jnp.log(total)
+
+
+def keep(
+    scores: Float[Array, "S V"], *, top_k: int | None, top_p: float, min_p: float
+) -> Float[Array, "S V"]:
+    """Scores with −∞ for the tokens that are not to be drawn. In this order, each on what the one
+    before left: the `top_k` best; the fewest of the best whose probabilities add to `top_p` or
+    more; those of at least `min_p` times the highest probability. Equals stay together.
+
+    Source: Holtzman et al., arXiv 1904.09751 (top-p); Nguyen et al., arXiv 2407.01082 (min-p).
+    """
+    if top_k is not None and top_k < scores.shape[-1]:
+        worst = jax.lax.top_k(scores, top_k)[0][:, -1:]
+        scores = jnp.where(scores >= worst, scores, -jnp.inf)
+    if top_p < 1.0:
+        ordered = jnp.sort(scores, axis=-1, descending=True)
+        mass = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(mass, axis=-1) - mass
+        worst = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        scores = jnp.where(scores >= worst, scores, -jnp.inf)
+    if min_p > 0.0:
+        worst = jnp.max(scores, axis=-1, keepdims=True) + jnp.log(min_p)
+        scores = jnp.where(scores >= worst, scores, -jnp.inf)
+    return scores
+
+
+def _inverse(
+    scores: Float[Array, "S V"], uniform: Float[Array, " S"]
+) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
+    """The first token at which the sum of exp(scores) exceeds `uniform` of the total; and the
+    total.
+
+    In two steps, over blocks and inside the one that is hit: a running sum over a whole vocabulary
+    costs as much as the head's matrix product on CPU.
+    """
+    S, V = scores.shape
+    blocks = -(-V // BLOCK)
+    padded = jnp.pad(scores, ((0, 0), (0, blocks * BLOCK - V)), constant_values=-jnp.inf)
+    padded = padded.reshape(S, blocks, BLOCK)
+    sums = jnp.cumsum(jnp.sum(jnp.exp(padded), axis=-1), axis=-1)
+    total = sums[:, -1]
+    # Strictly below the total, so that the first block above the threshold exists and has mass.
+    threshold = jnp.minimum(uniform * total, jnp.nextafter(total, 0.0))
+    block = jnp.sum(sums <= threshold[:, None], axis=-1)
+    before = jnp.take_along_axis(jnp.pad(sums, ((0, 0), (1, 0))), block[:, None], axis=-1)
+    own = jnp.exp(jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0])
+    running = before + jnp.cumsum(own, axis=-1)
+    # Rounding may leave the threshold above all of the block: then it is its last with mass.
+    last = BLOCK - 1 - jnp.argmax(own[:, ::-1] > 0, axis=-1)
+    inside = jnp.minimum(jnp.sum(running <= threshold[:, None], axis=-1), last)
+    return block * BLOCK + inside, total

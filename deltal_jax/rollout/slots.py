@@ -1,0 +1,253 @@
+"""The compiled part of sampling: slots that decode in lock step and are refilled as responses end.
+
+A pure function of its state: `run` admits (prompt, sample) pairs from a queue into free slots,
+decodes until the host has something to do, and returns. A response begins with the last token of
+its prompt, whose other tokens are in the prompt's prefilled cache, so that each of its tokens comes
+from one decoding step.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from deltal_jax.model.cache import Cache
+from deltal_jax.rollout.sampling import sample, uniforms
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How responses are drawn; static for the compiled program."""
+
+    slots: int
+    max_response_length: int
+    eos_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    #: Also keep log-probabilities under softmax(logits), whatever temperature and filters are.
+    raw_logprobs: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Prefilled prompts."""
+
+    cache: Cache  # time is the width of the widest
+    last: Int[Array, " Q"]  # last token of each
+    lengths: Int[Array, " Q"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Queue:
+    """(Prompt, sample) pairs in the order in which they begin."""
+
+    prompt: Int[Array, " N"]  # row of the store
+    row: Int[Array, " N"]  # row of the results
+    keys: UInt32[Array, "N 2"]
+    count: Int[Array, ""]  # pairs; what follows them is padding
+    more: Bool[Array, ""]  # whether another queue comes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Decoded slot-steps and those that gave a token; of all, and while pairs were waiting."""
+
+    slot_steps: Int[Array, ""]
+    useful: Int[Array, ""]
+    slot_steps_queued: Int[Array, ""]
+    useful_queued: Int[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """What each slot holds, and what has been written. A slot is free where it is not live."""
+
+    row: Int[Array, " S"]  # of the results; B in a slot that was never used
+    keys: UInt32[Array, "S 2"]
+    token: Int[Array, " S"]  # last token, not yet in the cache
+    position: Int[Array, " S"]  # its position in the sequence
+    count: Int[Array, " S"]  # response tokens so far
+    live: Bool[Array, " S"]
+    cache: Cache
+    taken: Int[Array, ""]  # pairs of the queue that have begun
+    counts: Counts
+    tokens: Int[Array, "B R"]
+    logprobs: Float[Array, "B R"]
+    raw_logprobs: Float[Array, "B R"] | None
+    lengths: Int[Array, " B"]
+    ended: Bool[Array, " B"]
+
+
+def empty_slots(model: Any, options: SamplingOptions, window: int, rows: int) -> Slots:
+    """All slots free, with room for `window` tokens each; results of `rows` responses."""
+    S, R = options.slots, options.max_response_length
+    zeros, zero = jnp.zeros(S, jnp.int32), jnp.zeros((), jnp.int32)
+    results = jnp.zeros((rows, R), jnp.float32)
+    return Slots(
+        row=zeros + rows,
+        keys=jnp.zeros((S, 2), jnp.uint32),
+        token=zeros,
+        position=zeros,
+        count=zeros,
+        live=jnp.zeros(S, bool),
+        cache=model.empty_cache(S, window),
+        taken=zero,
+        counts=Counts(zero, zero, zero, zero),
+        tokens=jnp.zeros((rows, R), jnp.int32),
+        logprobs=results,
+        raw_logprobs=results if options.raw_logprobs else None,
+        lengths=jnp.zeros(rows, jnp.int32),
+        ended=jnp.zeros(rows, bool),
+    )
+
+
+def window_of(slots: Slots) -> int:
+    """Tokens that the cache of a slot has room for."""
+    return slots.cache[0][0].shape[2]
+
+
+def resize(slots: Slots, window: int) -> Slots:
+    """The slots with room for `window` tokens each: at least those of the longest live one."""
+    change = window - window_of(slots)
+
+    def one(layer: Array) -> Array:
+        if change <= 0:
+            return layer[:, :, :window]
+        return jnp.pad(layer, ((0, 0), (0, 0), (0, change), (0, 0)))
+
+    return dataclasses.replace(slots, cache=jax.tree.map(one, slots.cache))
+
+
+def run(
+    graphdef: nnx.GraphDef,
+    options: SamplingOptions,
+    params: Any,
+    layers: Any,
+    store: Store,
+    queue: Queue,
+    slots: Slots,
+    narrow: Int[Array, ""],
+) -> Slots:
+    """Decode until the host has something to do: a live slot has no room for its next token; all
+    live ones would fit in `narrow` tokens; a slot is free, the queue is empty and more comes; or
+    all is done. `layers` are the parameters of each layer, or None to take them from the stack."""
+    model = nnx.merge(graphdef, params)
+    window = window_of(slots)
+
+    def longest(slots: Slots) -> Array:
+        return jnp.max(jnp.where(slots.live, slots.position, -1))
+
+    def waiting(slots: Slots) -> Array:
+        return slots.taken < queue.count
+
+    def fits(slots: Slots) -> Array:
+        end = longest(slots)
+        return (end < window) & ((end >= narrow) | ~jnp.any(slots.live))
+
+    def decodable(slots: Slots) -> Array:
+        """Whether to decode once more: no slot is free, or nothing is there to fill it with."""
+        full = jnp.all(slots.live)
+        return jnp.any(slots.live) & (full | ~(waiting(slots) | queue.more)) & fits(slots)
+
+    def step(slots: Slots) -> Slots:
+        logits, cache = model.decode(slots.token, slots.position, slots.cache, layers)
+        return _record(options, dataclasses.replace(slots, cache=cache), logits, waiting(slots))
+
+    def turn(slots: Slots) -> Slots:
+        return jax.lax.while_loop(decodable, step, _admit(store, queue, slots))
+
+    def goes_on(slots: Slots) -> Array:
+        free = ~jnp.all(slots.live)
+        return fits(slots) & ((waiting(slots) & free) | decodable(slots))
+
+    return jax.lax.while_loop(goes_on, turn, slots)
+
+
+def _admit(store: Store, queue: Queue, slots: Slots) -> Slots:
+    """Each free slot takes the next pair of the queue, with its prompt's cache."""
+    candidate = slots.taken + jnp.cumsum(~slots.live) - 1
+    fresh = ~slots.live & (candidate < queue.count)
+    pair = jnp.where(fresh, candidate, 0)
+    prompt = queue.prompt[pair]
+    first = jnp.argsort(~fresh, stable=True)  # the fresh slots, then the others
+    count = jnp.sum(fresh, dtype=jnp.int32)
+
+    def copy(i: Array, cache: Cache) -> Cache:
+        slot = first[i]
+
+        def one(mine: Array, stored: Array) -> Array:
+            width = min(stored.shape[2], mine.shape[2])
+            row = jax.lax.dynamic_index_in_dim(stored, prompt[slot], keepdims=True)
+            return jax.lax.dynamic_update_slice(mine, row[:, :, :width], (slot, 0, 0, 0))
+
+        return jax.tree.map(one, cache, store.cache)
+
+    def take(new: Array, old: Array) -> Array:
+        return jnp.where(fresh[:, None] if old.ndim > 1 else fresh, new, old)
+
+    return dataclasses.replace(
+        slots,
+        row=take(queue.row[pair], slots.row),
+        keys=take(queue.keys[pair], slots.keys),
+        token=take(store.last[prompt], slots.token),
+        position=take(store.lengths[prompt] - 1, slots.position),
+        count=take(jnp.zeros_like(slots.count), slots.count),
+        live=slots.live | fresh,
+        cache=jax.lax.fori_loop(0, count, copy, slots.cache),
+        taken=slots.taken + count,
+    )
+
+
+def _record(
+    options: SamplingOptions, slots: Slots, logits: Float[Array, "S V"], queued: Bool[Array, ""]
+) -> Slots:
+    """Draw a token for each live slot and write it down; a slot that ends becomes free."""
+    drawn, logprob = sample(
+        logits,
+        uniforms(slots.keys, slots.count),
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+    )
+    rows = jnp.where(slots.live, slots.row, slots.tokens.shape[0])  # out of range: dropped
+    at = (rows, slots.count)
+    is_end = jnp.isin(drawn, jnp.asarray(options.eos_ids))
+    count = jnp.where(slots.live, slots.count + 1, slots.count)
+    raw = slots.raw_logprobs
+    if raw is not None:
+        chosen = jnp.take_along_axis(logits, drawn[:, None], axis=-1)[:, 0]
+        raw = raw.at[at].set(chosen - jax.nn.logsumexp(logits, axis=-1), mode="drop")
+    return dataclasses.replace(
+        slots,
+        token=jnp.where(slots.live, drawn, slots.token),
+        position=jnp.where(slots.live, slots.position + 1, slots.position),
+        count=count,
+        live=slots.live & ~is_end & (count < options.max_response_length),
+        counts=_counted(slots, queued),
+        tokens=slots.tokens.at[at].set(drawn, mode="drop"),
+        logprobs=slots.logprobs.at[at].set(logprob, mode="drop"),
+        raw_logprobs=raw,
+        lengths=slots.lengths.at[rows].set(count, mode="drop"),
+        ended=slots.ended.at[rows].set(is_end, mode="drop"),
+    )
+
+
+def _counted(slots: Slots, queued: Bool[Array, ""]) -> Counts:
+    counts, useful = slots.counts, jnp.sum(slots.live, dtype=jnp.int32)
+    steps = jnp.asarray(slots.live.shape[0], jnp.int32)
+    return Counts(
+        counts.slot_steps + steps,
+        counts.useful + useful,
+        counts.slot_steps_queued + jnp.where(queued, steps, 0),
+        counts.useful_queued + jnp.where(queued, useful, 0),
+    )
