@@ -1,20 +1,26 @@
 """Hugging Face checkpoint folders, in and out, without torch: config.json and safetensors.
 
-Reading goes straight into (sharded) device arrays: each process copies only the slices that its own
-devices need out of memory-mapped files, and casts them there. A stacked parameter of ours is one
-tensor a layer on disk; matrices are stored as [out, in], the transpose of ours.
+Reading goes straight into (sharded) arrays: each process copies only the slices that its own
+devices need, a few threads at once, and casts and turns them on the way. A stacked parameter of
+ours is one tensor a layer on disk; matrices are stored as [out, in], the transpose of ours.
 """
 
+import collections
+import dataclasses
 import json
+import math
 import os
 import re
 import shutil
+import struct
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
@@ -29,6 +35,26 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 #: Tensors that some exporters write although they are computed: rotary tables.
 COMPUTED = re.compile(r"\.rotary_emb\.")
 SHARD_BYTES = 5 * 10**9
+
+#: Threads that read: while some wait for the disk, others cast and turn.
+READERS = 4
+#: Host bytes of parameters that are being read and not yet on their devices, unless one alone is
+#: larger.
+AHEAD_BYTES = 512 * 2**20
+#: Bytes of a tensor that one thread reads in a row.
+PIECE_BYTES = 16 * 2**20
+#: Bytes of one request. Larger ones bypass the kernel's own reading ahead, at twice the CPU time.
+REQUEST_BYTES = 2**20
+#: Rows, or more up to a request, that are turned together, and bytes of the tiles of it, which stay
+#: in a core's cache.
+TURNED_ROWS, TILE_BYTES = 128, 256 * 1024
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -49,6 +75,16 @@ def _read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: bytes from `offset` on, row by row."""
+
+    path: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class TensorFiles:
     """The tensors of a checkpoint folder, in one safetensors file or in the shards of an index."""
 
@@ -62,21 +98,109 @@ class TensorFiles:
             names = sorted(set(index.values()))
         elif not (folder / SINGLE).is_file():
             raise UserError(f"model.path: {folder} has neither {SINGLE} nor {INDEX}")
-        self._home: dict[str, Any] = {}
+        self._home: dict[str, Stored] = {}
         for name in names:
             try:
-                file = safe_open(folder / name, framework="numpy")
+                self._home |= _header(folder / name)
             except (OSError, SafetensorError) as error:
                 raise UserError(f"model.path: {folder / name} cannot be read: {error}") from error
-            self._home |= dict.fromkeys(file.keys(), file)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape, from the headers alone."""
-        return {name: tuple(self.view(name).get_shape()) for name in self._home}
+        return {name: stored.shape for name, stored in self._home.items()}
 
-    def view(self, name: str) -> Any:
-        """A tensor to be sliced: nothing is read before."""
-        return self._home[name].get_slice(name)
+    def dtype(self, name: str) -> np.dtype:
+        """A tensor's type on disk."""
+        stored = self._home[name]
+        if stored.dtype not in DTYPES:
+            raise UserError(
+                f"model.path: {stored.path}: {name} is of type {stored.dtype}; supported are "
+                f"{', '.join(DTYPES)}"
+            )
+        return DTYPES[stored.dtype]
+
+    def pieces(
+        self, name: str, index: tuple[slice, ...], into: np.ndarray
+    ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """A slice of a tensor, and where it goes, in rows of about `PIECE_BYTES`."""
+        shape = self._home[name].shape
+        start, stop, _ = index[0].indices(shape[0])
+        step = max(TURNED_ROWS, PIECE_BYTES // (math.prod(shape[1:]) * self.dtype(name).itemsize))
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            yield (slice(first, last), *index[1:]), into[first - start : last - start]
+
+    def read(self, name: str, index: tuple[slice, ...], into: np.ndarray) -> None:
+        """Fill `into`, which may be a transposed view, with a slice of a tensor, cast to its type.
+
+        Takes memory for one request, or for `TURNED_ROWS` rows, beside `into`.
+        """
+        stored, dtype = self._home[name], self.dtype(name)
+        start, stop, _ = index[0].indices(stored.shape[0])
+        columns = tuple(
+            own.indices(n)[:2] for own, n in zip(index[1:], stored.shape[1:], strict=True)
+        )
+        whole = all(own == (0, n) for own, n in zip(columns, stored.shape[1:], strict=True))
+        row = math.prod(stored.shape[1:]) * dtype.itemsize
+        straight = whole and into.dtype == dtype and into.flags.c_contiguous
+        step = max(TURNED_ROWS if into.ndim == 2 else 1, REQUEST_BYTES // row)
+        shape = (min(step, stop - start), *stored.shape[1:])
+        buffer = np.empty((0,) if straight else shape, dtype)
+        with open(stored.path, "rb", buffering=0) as file:
+            for first in range(start, stop, step):
+                target = into[first - start : first - start + step]
+                strip = target if straight else buffer[: len(target)]
+                _fill(file, strip, stored.offset + first * row)
+                if not straight:
+                    _copy(strip[:, *(slice(*own) for own in columns)], target)
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file: 8 bytes that say the length of a JSON object, this object,
+    and the tensors, whose `data_offsets` count from there."""
+    with safe_open(path, framework="numpy"):  # raises where anything does not fit the file
+        pass
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(path, 8 + length + x["data_offsets"][0], x["dtype"], tuple(x["shape"]))
+        for name, x in header.items()
+    }
+
+
+def _fill(file: BinaryIO, target: np.ndarray, offset: int) -> None:
+    """Read contiguous memory full, from a place of a file."""
+    raw = target.reshape(-1).view(np.uint8).data
+    while raw:
+        count = os.preadv(file.fileno(), [raw[:REQUEST_BYTES]], offset)
+        if count == 0:
+            raise UserError(f"model.path: {file.name} ended while it was read")
+        raw, offset = raw[count:], offset + count
+
+
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    """Copy and cast, where the target may be a transposed view."""
+    if source.dtype == target.dtype:  # numpy has no fast copies of bfloat16
+        source, target = (x.view(f"u{x.itemsize}") for x in (source, target))
+    wide = 16 // source.itemsize
+    if source.ndim < 2 or target.flags.c_contiguous or source.shape[1] % wide:
+        np.copyto(target, source, casting="unsafe")
+        return
+    # One after the other, NumPy turns elements of 16 bytes as fast as those of 2: so first these,
+    # then what is inside of them, both in cache.
+    rows, columns = source.shape
+    step = max(1, TILE_BYTES // (16 * rows)) * wide
+    for first in range(0, columns, step):
+        tile = source[:, first : first + step].view(np.complex128)
+        turned = np.ascontiguousarray(tile.T).view(source.dtype)
+        inner = turned.reshape(-1, rows, wide).transpose(0, 2, 1)
+        own = target.T[first : first + step].reshape(-1, wide, rows)
+        if source.dtype != target.dtype:
+            bits = inner.view(f"u{source.itemsize}")
+            inner = np.ascontiguousarray(bits).view(source.dtype)
+        np.copyto(own, inner, casting="unsafe")
 
 
 def load_architecture(folder: Path) -> Architecture:
@@ -101,19 +225,75 @@ def load_params(
     else:
         shardings = parameter_shardings(mesh, abstract)
 
-    def load(path: Any, shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-        tensor = names[_name(path)]
+    leaves, tree = jax.tree.flatten_with_path(abstract)
+    done: list[jax.Array] = []
+    reading: collections.deque[_Reading] = collections.deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for (path, shape), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+            begun = _Reading(shape.shape, sharding, dtype)
+            while reading and begun.bytes + sum(x.bytes for x in reading) > AHEAD_BYTES:
+                done.append(reading.popleft().array())
+            begun.start(pool, files, names[_name(path)])
+            reading.append(begun)
+        done += [x.array() for x in reading]
+    return jax.tree.unflatten(tree, done)
 
-        parts: dict[str, np.ndarray] = {}  # devices that hold the same slice share one read
 
-        def read(index: Any) -> np.ndarray:
-            if str(index) not in parts:
-                parts[str(index)] = _read(files, tensor, index, shape.shape, dtype)
-            return parts[str(index)]
+class _Reading:
+    """A parameter on its way from the disk: the slices that this process's devices hold."""
 
-        return jax.make_array_from_callback(shape.shape, sharding, read)
+    def __init__(self, shape: tuple[int, ...], sharding: Any, dtype: Any):
+        self.shape, self.sharding, self.dtype = shape, sharding, np.dtype(dtype)
+        indices = sharding.addressable_devices_indices_map(shape).values()
+        # Devices that hold the same slice share one read.
+        self.indices = {str(index): index for index in indices}
+        lengths = [
+            [len(range(*own.indices(n))) for own, n in zip(index, shape, strict=True)]
+            for index in self.indices.values()
+        ]
+        self.sizes = dict(zip(self.indices, lengths, strict=True))
+        self.bytes = sum(math.prod(size) for size in lengths) * self.dtype.itemsize
 
-    return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+    def start(self, pool: ThreadPoolExecutor, files: TensorFiles, tensor: TensorName) -> None:
+        """Allocate, and let the pool read."""
+        self.parts = {key: _aligned(size, self.dtype) for key, size in self.sizes.items()}
+        self.pending: list[Future] = []
+        for key, index in self.indices.items():
+            for name, own, into in self._tensors(tensor, index, self.parts[key]):
+                for rows, piece in files.pieces(name, own, into):
+                    self.pending.append(pool.submit(files.read, name, rows, piece))
+
+    def _tensors(
+        self, tensor: TensorName, index: tuple[slice, ...], part: np.ndarray
+    ) -> Iterator[tuple[str, tuple[slice, ...], np.ndarray]]:
+        """The tensors on disk that a slice of ours comes from, which slice of them, and where it
+        goes."""
+        if "{layer}" in tensor.name:
+            layers = range(*index[0].indices(self.shape[0]))
+            parts = [(tensor.name.format(layer=layer), index[1:]) for layer in layers]
+            targets: Any = part
+        else:
+            parts, targets = [(tensor.name, index)], [part]
+        for (name, own), into in zip(parts, targets, strict=True):
+            yield (name, own[::-1], into.T) if tensor.transposed else (name, own, into)
+
+    def array(self) -> jax.Array:
+        """Wait for the disk, then for the devices: the host's copy is not needed any more."""
+        for piece in self.pending:
+            piece.result()
+        found = jax.make_array_from_callback(
+            self.shape, self.sharding, lambda index: self.parts[str(index)]
+        )
+        return jax.block_until_ready(found)
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Memory that a CPU device takes over as it is: it copies what does not start at a multiple of
+    64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def save_params(
@@ -215,27 +395,6 @@ def _check(
     ]
     if problems:
         raise UserError(f"model.path: {folder} does not fit its config: {'; '.join(problems)}")
-
-
-def _read(
-    files: TensorFiles,
-    tensor: TensorName,
-    index: tuple[slice, ...],
-    shape: tuple[int, ...],
-    dtype: Any,
-) -> np.ndarray:
-    """The slice of one parameter of ours, from one tensor or from one a layer."""
-
-    def part(name: str, own: tuple[slice, ...]) -> np.ndarray:
-        return files.view(name)[own[::-1]].T if tensor.transposed else files.view(name)[own]
-
-    if "{layer}" not in tensor.name:
-        return part(tensor.name, index).astype(dtype, copy=False)
-    ranges = [range(*own.indices(size)) for own, size in zip(index, shape, strict=True)]
-    found = np.empty([len(numbers) for numbers in ranges], dtype)
-    for row, layer in zip(found, ranges[0], strict=True):
-        row[...] = part(tensor.name.format(layer=layer), index[1:])
-    return found
 
 
 def _tensors(params: Any, arch: Architecture, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
