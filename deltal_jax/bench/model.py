@@ -43,7 +43,8 @@ def benchmark_model(
     `share_of_peak` is useful floating-point operations a second over those of a plain product of
     two matrices of `square` rows and columns. Useful are the products alone, forward once, backward
     twice: with the weights of the layers, and of attention only what a causal mask leaves, (T+1)/2
-    of T columns. `share_with_masked` counts all T, as some do.
+    of T columns. `share_with_masked` counts all T, as some do; on CPU, `share_by_cpu_time` sets
+    operations by CPU seconds, which a machine that others use too moves less.
     """
     on_cpu = jax.default_backend() == "cpu"
     types = [jnp.float32] if on_cpu else [jnp.float32, jnp.bfloat16]
@@ -83,18 +84,21 @@ def _measure(
         "matmul": timings["matmul"].summary() | {"square": square, "gflops": peak / 1e9}
     }
     for name, (times, kinds) in parts.items():
-        done, all_of_it = (times * sum(x[kind] for kind in kinds) for x in (useful, whole))
-        figures[name] = timings[name].summary() | {
-            "gflops": done / timings[name].summary()["wall_s"] / 1e9,
-            "share_of_peak": _share(done, timings[name], 2 * square**3, timings["matmul"]),
-            "share_with_masked": _share(all_of_it, timings[name], 2 * square**3, timings["matmul"]),
-        }
+        done, with_masked = (times * sum(x[kind] for kind in kinds) for x in (useful, whole))
+        shares = _shares(done / (2 * square**3), timings[name], timings["matmul"])
+        figures[name] = timings[name].summary() | shares
+        figures[name]["gflops"] = done / figures[name]["wall_s"] / 1e9
+        figures[name]["share_with_masked"] = shares["share_of_peak"] * with_masked / done
     return figures
 
 
-def _share(done: float, timing: Timing, peak: float, matmul: Timing) -> float:
-    """Operations a second over the product's: the median of the rounds' ratios."""
-    return done / peak * ratio(matmul, timing)
+def _shares(products: float, timing: Timing, matmul: Timing) -> dict[str, float]:
+    """What the operations of so many of the machine's products take, over what they took."""
+    shares = {"share_of_peak": products * ratio(matmul, timing)}
+    if jax.default_backend() == "cpu":
+        seconds = matmul.summary()["cpu_s"] / timing.summary()["cpu_s"]
+        shares["share_by_cpu_time"] = products * seconds
+    return shares
 
 
 def _matmul(square: int, dtype: Any) -> Callable[[], Any]:
