@@ -43,7 +43,7 @@ READERS = 4
 AHEAD_BYTES = 512 * 2**20
 #: Bytes of a tensor that one thread reads in a row.
 PIECE_BYTES = 16 * 2**20
-#: Bytes of one request. Larger ones bypass the kernel's own reading ahead, at twice the CPU time.
+#: Bytes of one request. Larger ones bypass the kernel's own reading ahead and cost more CPU time.
 REQUEST_BYTES = 2**20
 #: Rows, or more up to a request, that are turned together, and bytes of the tiles of it, which stay
 #: in a core's cache.
@@ -133,7 +133,8 @@ class TensorFiles:
     def read(self, name: str, index: tuple[slice, ...], into: np.ndarray) -> None:
         """Fill `into`, which may be a transposed view, with a slice of a tensor, cast to its type.
 
-        Takes memory for one request, or for `TURNED_ROWS` rows, beside `into`.
+        Takes memory for one request, or for `TURNED_ROWS` rows, and for two tiles beside `into`.
+        Rows are fetched whole, as the kernel does by pages; of them only the slice is copied.
         """
         stored, dtype = self._home[name], self.dtype(name)
         start, stop, _ = index[0].indices(stored.shape[0])
@@ -213,6 +214,10 @@ def load_params(
 ) -> Any:
     """The parameters of a checkpoint folder as our pytree, on the mesh or on the default device.
 
+    Beside the parameters, at most `AHEAD_BYTES` of them (or the largest one's slices) are in the
+    host's memory at a time, and a few megabytes a reader. A CPU device takes that memory over; the
+    first program that parameters are donated to copies them there.
+
     Raises one UserError that lists all missing, extra and misshapen tensors.
     """
     files = TensorFiles(folder)
@@ -224,7 +229,6 @@ def load_params(
         shardings = jax.tree.map(lambda _: device, abstract)
     else:
         shardings = parameter_shardings(mesh, abstract)
-
     leaves, tree = jax.tree.flatten_with_path(abstract)
     done: list[jax.Array] = []
     reading: collections.deque[_Reading] = collections.deque()
