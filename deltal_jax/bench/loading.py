@@ -94,34 +94,40 @@ def _measure(rounds: int, folder: Path, arch: Architecture) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, arch: Architecture) -> list[Path]:
-    """A folder of random bfloat16 bits in shards of at most `SHARD_BYTES`, on the disk; the
-    shards."""
-    names, rng = tensor_names(arch), np.random.default_rng(0)
-    shards: list[dict[str, np.ndarray]] = [{}]
+    """A folder of random bfloat16 bits in shards of about `SHARD_BYTES`, layer by layer as others
+    write them, on the disk; the shards."""
+    rng = np.random.default_rng(0)
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    size = 0
+    for name, shape in sorted(_tensors(arch)):
+        if size + 2 * math.prod(shape) > SHARD_BYTES and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, shape))
+        size += 2 * math.prod(shape)
     weight_map, files = {}, []
-
-    def write() -> None:
-        files.append(folder / f"model-{len(files) + 1:05d}.safetensors")
-        save_file(shards[-1], files[-1])
-        weight_map.update(dict.fromkeys(shards[-1], files[-1].name))
-        shards.append({})
+    for number, shard in enumerate(shards):
+        files.append(folder / f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors")
+        drawn = {name: rng.bytes(2 * math.prod(shape)) for name, shape in shard}
+        bits = {name: np.frombuffer(drawn[name], ml_dtypes.bfloat16) for name in drawn}
+        save_file({name: bits[name].reshape(shape) for name, shape in shard}, files[-1])
+        weight_map |= dict.fromkeys(drawn, files[-1].name)
         with open(files[-1], "rb") as file:
             os.fsync(file.fileno())  # what is not on the disk cannot be dropped
-
-    for path, leaf in jax.tree.leaves_with_path(abstract_params(arch)):
-        key = jax.tree_util.keystr(path, simple=True, separator="/")
-        layered = "{layer}" in names[key].name
-        shape = leaf.shape[1:] if layered else leaf.shape
-        shape = shape[::-1] if names[key].transposed else shape
-        for layer in range(arch.layers if layered else 1):
-            if sum(x.nbytes for x in shards[-1].values()) + 2 * math.prod(shape) > SHARD_BYTES:
-                write()
-            bits = np.frombuffer(rng.bytes(2 * math.prod(shape)), ml_dtypes.bfloat16)
-            shards[-1][names[key].name.format(layer=layer)] = bits.reshape(shape)
-    write()
     (folder / CONFIG).write_text(json.dumps(config_of(arch)), encoding="utf-8")
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     return files
+
+
+def _tensors(arch: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes on disk."""
+    names = tensor_names(arch)
+    for path, leaf in jax.tree.leaves_with_path(abstract_params(arch)):
+        tensor = names[jax.tree_util.keystr(path, simple=True, separator="/")]
+        layered = "{layer}" in tensor.name
+        shape = leaf.shape[1:] if layered else leaf.shape
+        for layer in range(arch.layers if layered else 1):
+            yield tensor.name.format(layer=layer), shape[::-1] if tensor.transposed else shape
 
 
 def plain_read(files: list[Path]) -> None:

@@ -41,8 +41,8 @@ READERS = 4
 #: Host bytes of parameters that are being read and not yet on their devices, unless one alone is
 #: larger.
 AHEAD_BYTES = 512 * 2**20
-#: Bytes of a tensor that one thread reads in a row.
-PIECE_BYTES = 16 * 2**20
+#: Bytes of a tensor that one thread reads in a row; with shorter runs the kernel reads less ahead.
+PIECE_BYTES = 64 * 2**20
 #: Bytes of one request. Larger ones bypass the kernel's own reading ahead and cost more CPU time.
 REQUEST_BYTES = 2**20
 #: Rows, or more up to a request, that are turned together, and bytes of the tiles of it, which stay
