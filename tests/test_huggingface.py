@@ -184,7 +184,7 @@ def test_what_is_read_ahead_is_bounded(llama, monkeypatch):
     largest = max(x.nbytes for x in jax.tree.leaves(loaded(llama)))
     assert most[0] == sum(x.nbytes for x in jax.tree.leaves(loaded(llama)))
     for bound in (1, 2 * largest):
-        monkeypatch.setattr(huggingface, "AHEAD_BYTES", bound)
+        monkeypatch.setattr(huggingface, "_ahead", lambda sharding, bound=bound: bound)
         most[0] = 0
         loaded(llama)
         assert largest <= most[0] <= max(bound, largest)

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "subject",
         choices=("objective", "update", "model", "loading"),
         help="objective: weights and aggregation; update: one policy update of a fixed load; "
-        "model: forward and backward against a matrix product; loading: a checkpoint of 1.2 GB "
+        "model: forward and backward against a matrix product; loading: a checkpoint of 2 GB "
         "against a plain read",
     )
     parser.add_argument(

@@ -214,9 +214,9 @@ def load_params(
 ) -> Any:
     """The parameters of a checkpoint folder as our pytree, on the mesh or on the default device.
 
-    Beside the parameters, at most `AHEAD_BYTES` of them (or the largest one's slices) are in the
-    host's memory at a time, and a few megabytes a reader. A CPU device takes that memory over; the
-    first program that parameters are donated to copies them there.
+    On their way to other devices, at most `AHEAD_BYTES` of parameters (or the largest one's slices)
+    are in the host's memory at a time, and a few megabytes a reader. A CPU device takes that memory
+    over, none is needed beside it; the first program that donates it copies it.
 
     Raises one UserError that lists all missing, extra and misshapen tensors.
     """
@@ -232,15 +232,24 @@ def load_params(
     leaves, tree = jax.tree.flatten_with_path(abstract)
     done: list[jax.Array] = []
     reading: collections.deque[_Reading] = collections.deque()
-    with ThreadPoolExecutor(READERS) as pool:
+    pool = ThreadPoolExecutor(READERS)
+    try:
         for (path, shape), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
-            begun = _Reading(shape.shape, sharding, dtype)
-            while reading and begun.bytes + sum(x.bytes for x in reading) > AHEAD_BYTES:
+            begun, bound = _Reading(shape.shape, sharding, dtype), _ahead(sharding)
+            while reading and begun.bytes + sum(x.bytes for x in reading) > bound:
                 done.append(reading.popleft().array())
             begun.start(pool, files, names[_name(path)])
             reading.append(begun)
         done += [x.array() for x in reading]
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error nothing more needs to be read
     return jax.tree.unflatten(tree, done)
+
+
+def _ahead(sharding: Any) -> float:
+    """Bytes that may be on their way: what is read for a CPU device is already in its place."""
+    on_cpu = all(device.platform == "cpu" for device in sharding.device_set)
+    return math.inf if on_cpu else AHEAD_BYTES
 
 
 class _Reading:
