@@ -2,15 +2,22 @@
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltal_jax.bench import workload
+from deltal_jax.bench import loading, model, workload
 from deltal_jax.bench.measure import Timing, in_turn, ratio
 from deltal_jax.bench.update import head_memory
 from deltal_jax.cli.main import main
+from deltal_jax.model.attention import attend_rows
+from deltal_jax.model.huggingface import load_architecture, load_params
+from deltal_jax.model.transformer import abstract_params
+from tests import fakes
 
 SHARED = Path(__file__).parents[2] / "shared" / "bench"
 
@@ -68,6 +75,10 @@ def test_memory_does_not_follow_the_vocabulary():
     [
         (["objective", "--rounds", "1"], "--rounds: a median needs at least 3, got 1"),
         (["objective", "--peer", "python3"], "--peer: only `deltal bench update` has a peer"),
+        (
+            ["model", "--folder", "here"],
+            "--folder: only `deltal bench loading` writes a checkpoint",
+        ),
     ],
 )
 def test_bad_input_is_one_line(arguments, said, capsys):
@@ -85,3 +96,97 @@ def test_aggregation_is_measured_and_printed_as_one_object(monkeypatch, capsys):
     assert figures["weights"]["power"]["over_power"] == 1.0
     assert figures["weights"]["delta_l"]["wall_s"] > 0
     assert figures["aggregation"] == {"share_of_update": 0.5}
+
+
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the page cache is asked to forget")
+CHECKPOINT = fakes.FAMILIES["qwen3"]
+
+
+@ON_LINUX
+def test_loading_is_measured_from_files_that_are_gone_afterwards(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "SHARD_BYTES", 4000)
+    figures = loading.benchmark_loading(3, str(tmp_path), CHECKPOINT)
+    assert list(tmp_path.iterdir()) == []
+    parameters = sum(x.size for x in jax.tree.leaves(abstract_params(CHECKPOINT)))
+    assert figures["checkpoint"]["files"] > 2
+    assert 2 * parameters < figures["checkpoint"]["bytes"] < 2 * parameters + 10_000
+    for name in ("plain read", "bfloat16", "float32"):
+        assert figures[name]["wall_s"] > 0 and figures[name]["cpu_s"] >= 0
+        size = figures["checkpoint"]["bytes"]
+        assert figures[name]["mb_per_s"] == pytest.approx(size / figures[name]["wall_s"] / 1e6)
+        assert figures[name]["from_disk"] >= 0
+    assert figures["bfloat16"]["share_of_plain_read"] > 0
+
+
+@ON_LINUX
+def test_a_folder_that_is_not_there_is_one_line(tmp_path, capsys):
+    folder = str(tmp_path / "none")
+    assert main(["bench", "loading", "--rounds", "3", "--folder", folder]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("deltal: --folder: ") and folder in said and said.count("\n") == 1
+
+
+def test_the_checkpoint_that_is_loaded_holds_random_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "SHARD_BYTES", 4000)
+    files = loading.write_checkpoint(tmp_path, CHECKPOINT)
+    assert all(file.stat().st_size < 4000 + 2000 for file in files)
+    assert load_architecture(tmp_path).d_model == CHECKPOINT.d_model
+    params = load_params(tmp_path, CHECKPOINT, dtype=jnp.bfloat16)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract_params(CHECKPOINT))
+    leaves = [np.asarray(x).view(np.uint16).ravel() for x in jax.tree.leaves(params)]
+    bits = np.concatenate(leaves)
+    assert np.mean(bits) == pytest.approx(2**15, rel=0.02)
+    assert len(np.unique(bits)) > 0.8 * min(bits.size, 2**16)
+
+
+@ON_LINUX
+def test_a_file_that_was_dropped_is_read_from_the_disk(tmp_path):
+    """Where there is a disk behind the folder; in memory nothing is fetched."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2**20))
+    with open(path, "rb") as file:
+        loading.os.fsync(file.fileno())
+    counts = []
+    for forget in (True, False):
+        if forget:
+            loading.drop([path])
+        before = loading._fetched()
+        loading.plain_read([path])
+        counts.append(loading._fetched() - before)
+    assert counts[0] == 0 or counts[0] >= 2**20 > counts[1]
+
+
+def test_useful_operations_are_those_of_the_products():
+    arch = fakes.GROUPED
+    kernels = [
+        x.size
+        for path, x in jax.tree.leaves_with_path(abstract_params(arch)["blocks"])
+        if path[-1].key == "kernel"
+    ]
+    useful = model.layer_flops(arch, 3, 7, masked=False)
+    assert useful["weights"] == 2 * 3 * 7 * sum(kernels)
+    pairs = 7 * 8 // 2  # a query and a key that it sees
+    assert useful["attention"] == 2 * 2 * 3 * arch.layers * arch.heads * arch.head_dim * pairs
+    whole = model.layer_flops(arch, 3, 7, masked=True)
+    assert whole["weights"] == useful["weights"]
+    assert whole["attention"] == useful["attention"] * 7 * 7 / pairs
+
+
+def test_plain_attention_is_the_same_function():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 9, n, 8)), jnp.float32) for n in (4, 2, 2))
+    segments = jnp.asarray([[0] * 4 + [1] * 5, [0] * 9])
+    want = attend_rows(q, k, v, segments)
+    np.testing.assert_allclose(model.plain_attention(q, k, v, segments), want, atol=2e-6)
+
+
+def test_the_slice_of_a_model_is_measured_against_the_product():
+    figures = model.benchmark_model(3, fakes.PLAIN, rows=2, tokens=8, square=16)["float32"]
+    assert figures["matmul"]["square"] == 16 and figures["matmul"]["gflops"] > 0
+    useful = sum(model.layer_flops(fakes.PLAIN, 2, 8, masked=False).values())
+    for name, times in (("forward", 1), ("forward, backward", 3)):
+        assert figures[name]["gflops"] == pytest.approx(
+            times * useful / figures[name]["wall_s"] / 1e9
+        )
+    for name in ("forward", "forward, backward", "attention", "attention, plain"):
+        assert 0 < figures[name]["share_of_peak"] < figures[name]["share_with_masked"]

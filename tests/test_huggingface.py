@@ -19,14 +19,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from deltal_jax.errors import UserError
-from deltal_jax.model import huggingface
+from deltal_jax.model import huggingface, tensor_files
 from deltal_jax.model.huggingface import (
-    TensorFiles,
     export,
     load_architecture,
     load_params,
     read_config,
 )
+from deltal_jax.model.tensor_files import TensorFiles
 from deltal_jax.model.transformer import abstract_params
 from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.parallel.sharding import parameter_shardings
@@ -61,23 +61,16 @@ def changed(folder: Path, change) -> Path:
     return folder
 
 
-class Counted:
-    """A tensor to be sliced that writes down the bytes of each slice."""
-
-    def __init__(self, inner, sizes: list[int]):
-        self.get_shape, self._inner, self._sizes = inner.get_shape, inner, sizes
-
-    def __getitem__(self, index):
-        found = self._inner[index]
-        self._sizes.append(found.nbytes)
-        return found
-
-
 def counted(patch: pytest.MonkeyPatch) -> list[int]:
     """The bytes of each slice that is read from now on."""
     sizes: list[int] = []
-    view = TensorFiles.view
-    patch.setattr(TensorFiles, "view", lambda self, name: Counted(view(self, name), sizes))
+    read = TensorFiles.read
+
+    def counting(self, name, index, into):
+        sizes.append(into.size * self.dtype(name).itemsize)
+        read(self, name, index, into)
+
+    patch.setattr(TensorFiles, "read", counting)
     return sizes
 
 
@@ -130,16 +123,55 @@ def test_on_a_mesh_the_values_are_the_same_and_each_device_reads_its_part(
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, 2 * y), doubled, whole)
 
 
-def test_devices_that_need_half_of_a_tensor_read_half_of_it(llama, monkeypatch):
-    arch = load_architecture(llama)
-    files, sizes = TensorFiles(llama), counted(monkeypatch)
-    name = huggingface.tensor_names(arch)["blocks/mlp/gate/kernel"]
-    index = (slice(0, 3), slice(16, 32), slice(0, 10))
-    got = huggingface._read(files, name, index, (3, 32, 40), np.float32)
-    tensors = fakes.checkpoint_tensors(fakes.CONFIGS["llama"])
-    want = [tensors[f"model.layers.{i}.mlp.gate_proj.weight"].T[16:, :10] for i in range(3)]
-    np.testing.assert_array_equal(got, np.stack(want))
-    assert sum(sizes) == 3 * 16 * 10 * 4
+def test_what_is_read_ahead_is_bounded(llama, monkeypatch):
+    """Parameters on their way to a device, in bytes, unless one alone is larger."""
+    under_way, most = [0], [0]
+    start, array = huggingface._Reading.start, huggingface._Reading.array
+
+    def starting(self, *arguments):
+        under_way[0] += self.bytes
+        most[0] = max(most[0], under_way[0])
+        start(self, *arguments)
+
+    def ending(self):
+        found = array(self)
+        under_way[0] -= self.bytes
+        return found
+
+    monkeypatch.setattr(huggingface._Reading, "start", starting)
+    monkeypatch.setattr(huggingface._Reading, "array", ending)
+    largest = max(x.nbytes for x in jax.tree.leaves(loaded(llama)))
+    assert most[0] == sum(x.nbytes for x in jax.tree.leaves(loaded(llama)))
+    for bound in (1, 2 * largest):
+        monkeypatch.setattr(huggingface, "_ahead", lambda sharding, bound=bound: bound)
+        most[0] = 0
+        loaded(llama)
+        assert largest <= most[0] <= max(bound, largest)
+
+
+def test_a_reader_that_fails_is_heard(llama, monkeypatch):
+    """A file that ends between the check and the read, as one that is still being copied."""
+    header = tensor_files._header
+
+    def shortening(path):
+        found = header(path)
+        path.write_bytes(path.read_bytes()[:-100])
+        return found
+
+    monkeypatch.setattr(tensor_files, "_header", shortening)
+    message = refusal(lambda: loaded(llama))
+    assert message == f"model.path: {llama}/model.safetensors ended while it was read"
+
+
+def test_a_type_that_is_not_a_number_of_ours_is_refused_by_its_name(llama):
+    def change(tensors):
+        tensors["model.norm.weight"] = np.zeros(32, np.int8)
+
+    message = refusal(lambda: loaded(changed(llama, change)))
+    assert message == (
+        f"model.path: {llama}/model.safetensors: model.norm.weight is of type I8; "
+        "supported are F64, F32, F16, BF16"
+    )
 
 
 def load_half(folder: str, dtype: str = "float32") -> dict:

@@ -11,13 +11,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument(
         "subject",
-        choices=("objective", "update"),
-        help="objective: weights and aggregation; update: one policy update of a fixed load",
+        choices=("objective", "update", "model", "loading"),
+        help="objective: weights and aggregation; update: one policy update of a fixed load; "
+        "model: forward and backward against a matrix product; loading: a checkpoint of 2 GB "
+        "against a plain read",
     )
     parser.add_argument(
         "--peer",
         metavar="PYTHON",
         help="update: the Python of an environment with google-tunix, to be run in turn with ours",
+    )
+    parser.add_argument(
+        "--folder",
+        help="loading: where to write the checkpoint, on the disk to be measured (default: TMPDIR)",
     )
     parser.add_argument("--rounds", type=int, default=9, help="repetitions; medians are printed")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
@@ -29,6 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--rounds: a median needs at least 3, got {arguments.rounds}")
     if arguments.peer and arguments.subject != "update":
         raise UserError("--peer: only `deltal bench update` has a peer")
+    if arguments.folder and arguments.subject != "loading":
+        raise UserError("--folder: only `deltal bench loading` writes a checkpoint")
 
     import jax
 
@@ -36,6 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
         from deltal_jax.bench.objective import benchmark_objective
 
         figures = benchmark_objective(arguments.rounds)
+    elif arguments.subject == "model":
+        from deltal_jax.bench.model import benchmark_model
+
+        figures = benchmark_model(arguments.rounds)
+    elif arguments.subject == "loading":
+        from deltal_jax.bench.loading import benchmark_loading
+
+        figures = benchmark_loading(arguments.rounds, arguments.folder)
     else:
         from deltal_jax.bench.update import benchmark_update, head_memory
 

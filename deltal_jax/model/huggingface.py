@@ -1,15 +1,18 @@
 """Hugging Face checkpoint folders, in and out, without torch: config.json and safetensors.
 
-Reading goes straight into (sharded) device arrays: each process copies only the slices that its own
-devices need out of memory-mapped files, and casts them there. A stacked parameter of ours is one
-tensor a layer on disk; matrices are stored as [out, in], the transpose of ours.
+Reading goes straight into (sharded) arrays: each process copies only the slices that its own
+devices need, a few threads at once, and casts and turns them on the way. A stacked parameter of
+ours is one tensor a layer on disk; matrices are stored as [out, in], the transpose of ours.
 """
 
+import collections
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,67 +21,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from deltal_jax.errors import UserError
 from deltal_jax.model.families import TensorName, architecture_of, config_of, tensor_names
 from deltal_jax.model.lora import TARGETS
+from deltal_jax.model.tensor_files import INDEX, SINGLE, TensorFiles, read_object
 from deltal_jax.model.transformer import Architecture, abstract_params
 from deltal_jax.parallel.sharding import parameter_shardings
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+CONFIG = "config.json"
 #: Tensors that some exporters write although they are computed: rotary tables.
 COMPUTED = re.compile(r"\.rotary_emb\.")
 SHARD_BYTES = 5 * 10**9
+
+#: Threads that read: while some wait for the disk, others cast and turn.
+READERS = 4
+#: Host bytes of parameters that are being read and not yet on their devices, unless one alone is
+#: larger.
+AHEAD_BYTES = 512 * 2**20
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint folder. Raises UserError where there is none, or no JSON."""
     if not (folder / CONFIG).exists():
         raise UserError(f"model.path: {folder} has no {CONFIG}")
-    return _read_object(folder / CONFIG)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"model.path: {path} holds no JSON object")
-    return found
-
-
-class TensorFiles:
-    """The tensors of a checkpoint folder, in one safetensors file or in the shards of an index."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        names = [SINGLE]
-        if (folder / INDEX).is_file():
-            index = _read_object(folder / INDEX).get("weight_map")
-            if not isinstance(index, dict):
-                raise UserError(f"model.path: {folder / INDEX} has no weight_map")
-            names = sorted(set(index.values()))
-        elif not (folder / SINGLE).is_file():
-            raise UserError(f"model.path: {folder} has neither {SINGLE} nor {INDEX}")
-        self._home: dict[str, Any] = {}
-        for name in names:
-            try:
-                file = safe_open(folder / name, framework="numpy")
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"model.path: {folder / name} cannot be read: {error}") from error
-            self._home |= dict.fromkeys(file.keys(), file)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape, from the headers alone."""
-        return {name: tuple(self.view(name).get_shape()) for name in self._home}
-
-    def view(self, name: str) -> Any:
-        """A tensor to be sliced: nothing is read before."""
-        return self._home[name].get_slice(name)
+    return read_object(folder / CONFIG)
 
 
 def load_architecture(folder: Path) -> Architecture:
@@ -100,6 +68,10 @@ def load_params(
 ) -> Any:
     """The parameters of a checkpoint folder as our pytree, on the mesh or on the default device.
 
+    On their way to other devices, at most `AHEAD_BYTES` of parameters (or the largest one's slices)
+    are in the host's memory at a time, and a few megabytes a reader. A CPU device takes that memory
+    over, none is needed beside it; the first program that donates it copies it.
+
     Raises one UserError that lists all missing, extra and misshapen tensors.
     """
     files = TensorFiles(folder)
@@ -111,20 +83,84 @@ def load_params(
         shardings = jax.tree.map(lambda _: device, abstract)
     else:
         shardings = parameter_shardings(mesh, abstract)
+    leaves, tree = jax.tree.flatten_with_path(abstract)
+    done: list[jax.Array] = []
+    reading: collections.deque[_Reading] = collections.deque()
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        for (path, shape), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+            begun, bound = _Reading(shape.shape, sharding, dtype), _ahead(sharding)
+            while reading and begun.bytes + sum(x.bytes for x in reading) > bound:
+                done.append(reading.popleft().array())
+            begun.start(pool, files, names[_name(path)])
+            reading.append(begun)
+        done += [x.array() for x in reading]
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error nothing more needs to be read
+    return jax.tree.unflatten(tree, done)
 
-    def load(path: Any, shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-        tensor = names[_name(path)]
 
-        parts: dict[str, np.ndarray] = {}  # devices that hold the same slice share one read
+def _ahead(sharding: Any) -> float:
+    """Bytes that may be on their way: what is read for a CPU device is already in its place."""
+    on_cpu = all(device.platform == "cpu" for device in sharding.device_set)
+    return math.inf if on_cpu else AHEAD_BYTES
 
-        def read(index: Any) -> np.ndarray:
-            if str(index) not in parts:
-                parts[str(index)] = _read(files, tensor, index, shape.shape, dtype)
-            return parts[str(index)]
 
-        return jax.make_array_from_callback(shape.shape, sharding, read)
+class _Reading:
+    """A parameter on its way from the disk: the slices that this process's devices hold."""
 
-    return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+    def __init__(self, shape: tuple[int, ...], sharding: Any, dtype: Any):
+        self.shape, self.sharding, self.dtype = shape, sharding, np.dtype(dtype)
+        indices = sharding.addressable_devices_indices_map(shape).values()
+        # Devices that hold the same slice share one read.
+        self.indices = {str(index): index for index in indices}
+        lengths = [
+            [len(range(*own.indices(n))) for own, n in zip(index, shape, strict=True)]
+            for index in self.indices.values()
+        ]
+        self.sizes = dict(zip(self.indices, lengths, strict=True))
+        self.bytes = sum(math.prod(size) for size in lengths) * self.dtype.itemsize
+
+    def start(self, pool: ThreadPoolExecutor, files: TensorFiles, tensor: TensorName) -> None:
+        """Allocate, and let the pool read."""
+        self.parts = {key: _aligned(size, self.dtype) for key, size in self.sizes.items()}
+        self.pending: list[Future] = []
+        for key, index in self.indices.items():
+            for name, own, into in self._tensors(tensor, index, self.parts[key]):
+                for rows, piece in files.pieces(name, own, into):
+                    self.pending.append(pool.submit(files.read, name, rows, piece))
+
+    def _tensors(
+        self, tensor: TensorName, index: tuple[slice, ...], part: np.ndarray
+    ) -> Iterator[tuple[str, tuple[slice, ...], np.ndarray]]:
+        """The tensors on disk that a slice of ours comes from, which slice of them, and where it
+        goes."""
+        if "{layer}" in tensor.name:
+            layers = range(*index[0].indices(self.shape[0]))
+            parts = [(tensor.name.format(layer=layer), index[1:]) for layer in layers]
+            targets: Any = part
+        else:
+            parts, targets = [(tensor.name, index)], [part]
+        for (name, own), into in zip(parts, targets, strict=True):
+            yield (name, own[::-1], into.T) if tensor.transposed else (name, own, into)
+
+    def array(self) -> jax.Array:
+        """Wait for the disk, then for the devices: the host's copy is not needed any more."""
+        for piece in self.pending:
+            piece.result()
+        found = jax.make_array_from_callback(
+            self.shape, self.sharding, lambda index: self.parts[str(index)]
+        )
+        return jax.block_until_ready(found)
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Memory that a CPU device takes over as it is: it copies what does not start at a multiple of
+    64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def save_params(
@@ -182,10 +218,10 @@ def export(
     `config` is that of the checkpoint that the model came from; None describes the architecture.
     Raises UserError where the folder exists.
     """
-    described = dict(config_of(arch) if config is None else config)
-    described.pop("torch_dtype", None)
-    described["dtype"] = jnp.dtype(dtype).name
     with new_folder(folder) as partial:
+        described = dict(config_of(arch) if config is None else config)
+        described.pop("torch_dtype", None)
+        described["dtype"] = jnp.dtype(dtype).name
         _write_json(partial / CONFIG, described)
         for name, content in (files or {}).items():
             (partial / name).write_bytes(content)
@@ -285,27 +321,6 @@ def _check(
     ]
     if problems:
         raise UserError(f"model.path: {folder} does not fit its config: {'; '.join(problems)}")
-
-
-def _read(
-    files: TensorFiles,
-    tensor: TensorName,
-    index: tuple[slice, ...],
-    shape: tuple[int, ...],
-    dtype: Any,
-) -> np.ndarray:
-    """The slice of one parameter of ours, from one tensor or from one a layer."""
-
-    def part(name: str, own: tuple[slice, ...]) -> np.ndarray:
-        return files.view(name)[own[::-1]].T if tensor.transposed else files.view(name)[own]
-
-    if "{layer}" not in tensor.name:
-        return part(tensor.name, index).astype(dtype, copy=False)
-    ranges = [range(*own.indices(size)) for own, size in zip(index, shape, strict=True)]
-    found = np.empty([len(numbers) for numbers in ranges], dtype)
-    for row, layer in zip(found, ranges[0], strict=True):
-        row[...] = part(tensor.name.format(layer=layer), index[1:])
-    return found
 
 
 def _tensors(params: Any, arch: Architecture, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
