@@ -271,9 +271,7 @@ class Transformer(nnx.Module):
 
         if self.arch.remat:
             body = jax.checkpoint(body)
-        layers = (stacked, jnp.asarray(self._local()))
-        unroll = self.arch.layers <= UNROLLED_LAYERS
-        x, _ = jax.lax.scan(body, self.embedded(tokens), layers, unroll=unroll)
+        x, _ = self._scan(body, self.embedded(tokens), stacked)
         return self.norm(x)
 
     def embedded(self, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape D"]:
@@ -288,17 +286,25 @@ class Transformer(nnx.Module):
         """Which layers are local."""
         return self.arch.local_layers or (False,) * self.arch.layers
 
-    def prefill(
-        self, tokens: Int[Array, "P Tp"], lengths: Int[Array, " P"]
-    ) -> tuple[Float[Array, "P V"], Cache]:
-        """Logits after the last token of each right-padded prompt, and the prompts' cache."""
+    def prefill(self, tokens: Int[Array, "P Tp"]) -> Cache:
+        """The cache of prompts, padded on the right; what it holds of the padding is never seen
+        before decoding writes over it."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x, layers = self.embedded(tokens), []
-        for block, local in zip(self._unstacked(), self._local(), strict=True):
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def body(x: Array, layer: tuple[Any, Local]) -> tuple[Array, LayerCache]:
+            parameters, local = layer
+            block = nnx.merge(graphdef, parameters)
             x, (k, v) = block.rows(x, positions, jnp.zeros_like(tokens), local)
-            layers.append((k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
-        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self.logits(self.norm(last)), tuple(layers)
+            return x, (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+
+        _, found = self._scan(body, self.embedded(tokens), stacked)
+        return tuple((k, v) for k, v in zip(*found, strict=True))
+
+    def _scan(self, body: Callable[..., Any], x: Array, stacked: Any) -> Any:
+        """Through all layers: `body` gets the parameters of each and whether it is local."""
+        layers = (stacked, jnp.asarray(self._local()))
+        return jax.lax.scan(body, x, layers, unroll=self.arch.layers <= UNROLLED_LAYERS)
 
     def decode(
         self,

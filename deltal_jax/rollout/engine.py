@@ -1,11 +1,12 @@
-"""Sampling as one compiled program whose slots are refilled as responses end.
+"""Sampling by slots that are kept full: the host's part.
 
-A fixed number of slots decodes in lock step. When a response ends, its slot takes the next (prompt,
-sample) pair from the queue, so that no slot waits for the longest response. A prompt's prefill is
-computed once and copied to each of its samples. Log-probabilities and masks come from here, never
-from a guess afterwards.
+Prompts are prefilled in pools, a pool's pairs (prompt, sample) are queued, and `slots.run` decodes
+until there is something to do here: the next pool, a wider cache because a response grew, a
+narrower one because long ones ended. A prompt's prefill is computed once and serves all its
+samples. Log-probabilities and masks come from the sampler, never from a guess afterwards.
 """
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -15,79 +16,62 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, UInt32
 
-from deltal_jax.model.cache import Cache
 from deltal_jax.model.transformer import cast_weights, take_apart
 from deltal_jax.rollout.sampling import sample, stream_keys, uniforms
+from deltal_jax.rollout.schedule import RolloutStats, ideal_steps
+from deltal_jax.rollout.slots import (
+    Queue,
+    SamplingOptions,
+    Slots,
+    Store,
+    empty_slots,
+    resize,
+    run,
+    window_of,
+)
 from deltal_jax.types import Prompts, Rollout
 
-
-@dataclasses.dataclass(frozen=True)
-class SamplingOptions:
-    """How responses are drawn; static for the compiled program."""
-
-    slots: int
-    max_response_length: int
-    eos_ids: tuple[int, ...]
-    temperature: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutStats:
-    """Decoded slot-steps, and those that gave a token of a response."""
-
-    slot_steps: int
-    useful_steps: int
-
-    @property
-    def utilization(self) -> float:
-        """The share of decoded slot-steps that gave a useful token."""
-        return self.useful_steps / max(self.slot_steps, 1)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Slots:
-    """The sampler's state: what each slot holds, and what has been written."""
-
-    pair: Int[Array, " S"]  # queue index of the response; B when idle
-    token: Int[Array, " S"]  # last token, not yet in the cache
-    position: Int[Array, " S"]  # its position in the sequence
-    count: Int[Array, " S"]  # response tokens so far
-    live: Bool[Array, " S"]
-    cache: Cache
-    next_pair: Int[Array, ""]
-    steps: Int[Array, ""]
-    tokens: Int[Array, "B R"]
-    logprobs: Float[Array, "B R"]
-    lengths: Int[Array, " B"]
-    ended: Bool[Array, " B"]
+#: Caches are as wide as the longest prompt and response may need, or a half of that, a quarter, …,
+#: but no narrower than this.
+NARROWEST = 128
+#: Prompts are prefilled in widths that double, from this on.
+NARROWEST_PROMPT = 32
+#: Pairs that a pool of prompts has for each slot: enough to be decoding most of the time.
+POOL_PAIRS = 4
+#: Prompt tokens that are prefilled at once.
+PREFILL_TOKENS = 8192
 
 
 class Engine:
     """Samples responses on one device.
 
-    `generate` compiles once per number of prompts and samples; the parameters are an argument.
+    Programs are compiled once for each number of responses, window and width of prompts; the
+    parameters are an argument.
     """
 
     def __init__(self, graphdef: nnx.GraphDef, options: SamplingOptions):
         self.options = options
+        self._graphdef = graphdef
         self._cast = jax.jit(functools.partial(cast_weights, graphdef))
-        self._run = jax.jit(functools.partial(_generate, graphdef, options))
-        self._prefill = jax.jit(
-            functools.partial(_prefill_one, graphdef), static_argnames="cache_length"
-        )
+        self._run = jax.jit(functools.partial(run, graphdef, options), donate_argnums=4)
+        self._prefill = jax.jit(lambda params, tokens: nnx.merge(graphdef, params).prefill(tokens))
+        self._resize = jax.jit(resize, static_argnums=1)
+        self._empty = jax.jit(self._make_empty, static_argnums=(1, 2))
         self._apart = jax.jit(
             lambda blocks: take_apart(blocks, jax.tree.leaves(blocks)[0].shape[0])
         )
         self._draw = jax.jit(functools.partial(_draw_one, options))
         self._decode = jax.jit(
-            lambda params, tokens, positions, cache, apart: nnx.merge(graphdef, params).decode(
-                tokens, positions, cache, apart
+            lambda params, layers, tokens, positions, cache: nnx.merge(graphdef, params).decode(
+                tokens, positions, cache, layers
             ),
-            donate_argnums=3,
+            donate_argnums=4,
         )
+
+    def _make_empty(self, params: Any, window: int, rows: int) -> Slots:
+        return empty_slots(nnx.merge(self._graphdef, params), self.options, window, rows)
 
     def generate(
         self,
@@ -105,12 +89,87 @@ class Engine:
         """
         counters = jnp.asarray(step), jnp.asarray(round_)
         keys = stream_keys(key, *counters, jnp.asarray(prompts.positions), samples)
-        groups = np.repeat(np.arange(len(prompts.lengths), dtype=np.int32), samples)
-        arrays = (jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths))
-        out: _Slots = self._run(self._cast(params), *arrays, jnp.asarray(groups), keys)
-        return _assemble(prompts, groups, out), RolloutStats(
-            slot_steps=int(out.steps) * self.options.slots,
-            useful_steps=int(np.sum(out.lengths)) - len(groups),
+        params = self._cast(params)
+        layers = self._apart(params["blocks"])
+        count, windows = len(prompts.lengths), self._windows(prompts)
+        size = min(count, -(-POOL_PAIRS * self.options.slots // samples))
+        slots = None
+        for first in range(0, count, size):
+            pool = range(first, min(first + size, count))
+            store = self._store(params, prompts, pool, size)
+            more = pool.stop < count
+            queue = _queue(pool, samples, size, np.asarray(keys), more=more)
+            if slots is None:
+                window = _fitting(windows, int(np.max(prompts.lengths)))
+                slots = self._empty(params, window, count * samples)
+            slots = dataclasses.replace(slots, taken=jnp.zeros((), jnp.int32))
+            longest = int(np.max(prompts.lengths))
+            slots = self._drain(params, layers, store, queue, slots, windows, longest)
+        assert slots is not None
+        groups = np.repeat(np.arange(count, dtype=np.int32), samples)
+        return _assemble(prompts, groups, slots), self._stats(slots)
+
+    def _drain(
+        self,
+        params: Any,
+        layers: Any,
+        store: Store,
+        queue: Queue,
+        slots: Slots,
+        windows: list[int],
+        prompt: int,
+    ) -> Slots:
+        """Decode until the queue is empty and a slot is free, or all is done; the cache as wide as
+        it needs to be, and never narrower than the longest prompt."""
+        while True:
+            window = window_of(slots)
+            # Two sizes down, or a response of a length in between would have it change to and fro.
+            below = next((w for w in reversed(windows) if w <= window // 4), 0)
+            narrow = jnp.asarray(below if below > prompt else -1, jnp.int32)
+            slots = self._run(params, layers, store, queue, slots, narrow)
+            live, position, taken = jax.device_get((slots.live, slots.position, slots.taken))
+            end = int(np.max(position[live], initial=-1))
+            free = not live.all() if queue.more else not live.any()
+            if taken == queue.count and free and end < window:
+                return slots
+            slots = self._resize(slots, _fitting(windows, max(end + 1, prompt)))
+
+    def _windows(self, prompts: Prompts) -> list[int]:
+        """The widths that the cache may have, ascending."""
+        widths = [prompts.tokens.shape[1] + self.options.max_response_length]
+        while widths[-1] // 2 >= NARROWEST:
+            widths.append(widths[-1] // 2)
+        return widths[::-1]
+
+    def _store(self, params: Any, prompts: Prompts, pool: range, size: int) -> Store:
+        """Prefill the prompts of a pool, narrow ones beside narrow ones."""
+        lengths = np.asarray(prompts.lengths)[pool]
+        width = _doubled(int(np.max(prompts.lengths)), NARROWEST_PROMPT)
+        padded = np.zeros((size, width), np.int32)
+        own = np.asarray(prompts.tokens)[pool][:, :width]
+        padded[: len(pool), : own.shape[1]] = own
+        rows = max(1, min(size, PREFILL_TOKENS // width))
+        parts = []
+        for start in range(0, size, rows):
+            some = np.zeros((rows, width), np.int32)
+            chunk = padded[start : start + rows]
+            some[: len(chunk)] = chunk
+            parts.append(self._prefill(params, jnp.asarray(some)))
+        cache = parts[0] if len(parts) == 1 else jax.tree.map(_join, *parts)
+        last, full = np.zeros(size, np.int32), np.ones(size, np.int32)
+        full[: len(pool)] = lengths
+        last[: len(pool)] = padded[np.arange(len(pool)), lengths - 1]
+        return Store(cache, jnp.asarray(last), jnp.asarray(full))
+
+    def _stats(self, slots: Slots) -> RolloutStats:
+        counts = jax.tree.map(int, slots.counts)
+        ideal = ideal_steps(np.asarray(slots.lengths), self.options.slots)
+        return RolloutStats(
+            slot_steps=counts.slot_steps,
+            useful_steps=counts.useful,
+            slot_steps_queued=counts.slot_steps_queued,
+            useful_steps_queued=counts.useful_queued,
+            ideal_slot_steps=ideal * self.options.slots,
         )
 
     def stream(
@@ -132,151 +191,65 @@ class Engine:
             key, jnp.asarray(step), jnp.asarray(round_), jnp.asarray(prompts.positions), 1
         )
         length, params = int(prompts.lengths[0]), self._cast(params)
-        needed = prompts.tokens.shape[1] + self.options.max_response_length
-        logits, cache = self._prefill(
-            params,
-            jnp.asarray(prompts.tokens),
-            jnp.asarray([length]),
-            cache_length=max(needed, cache_length or 0),
-        )
-        apart = None  # a copy of all layers' parameters, which one more token is worth
+        layers = self._apart(params["blocks"])
+        cache = self._prefill(params, jnp.asarray(prompts.tokens))
+        room = prompts.tokens.shape[1] + self.options.max_response_length
+        extra = max(room, cache_length or 0) - prompts.tokens.shape[1]
+        cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))), cache)
+        token = jnp.asarray(prompts.tokens[:, length - 1])
         for count in range(self.options.max_response_length):
-            drawn = self._draw(logits, raw_key, jnp.asarray(count))
-            yield int(drawn[0])
-            if int(drawn[0]) in self.options.eos_ids:
+            position = jnp.asarray([length - 1 + count])
+            logits, cache = self._decode(params, layers, token, position, cache)
+            token = self._draw(logits, raw_key, jnp.asarray(count))
+            yield int(token[0])
+            if int(token[0]) in self.options.eos_ids:
                 return
-            apart = apart or self._apart(params["blocks"])
-            position = jnp.asarray([length + count])
-            logits, cache = self._decode(params, drawn, position, cache, apart)
 
 
-def _prefill_one(
-    graphdef: nnx.GraphDef,
-    params: Any,
-    tokens: Int[Array, "1 Tp"],
-    lengths: Int[Array, " 1"],
-    *,
-    cache_length: int,
-) -> tuple[Float[Array, "1 V"], Cache]:
-    """Prefill of one prompt, with room in the cache for its response."""
-    logits, prompt = nnx.merge(graphdef, params).prefill(tokens, lengths)
-    room = ((0, 0), (0, 0), (0, cache_length - tokens.shape[1]), (0, 0))
-    return logits, jax.tree.map(lambda x: jnp.pad(x, room), prompt)
+def _fitting(windows: list[int], tokens: int) -> int:
+    """The narrowest that has room for one token more."""
+    return windows[bisect.bisect_right(windows, tokens)]
 
 
-def _draw_one(
-    options: SamplingOptions,
-    logits: Float[Array, "1 V"],
-    key: UInt32[Array, " 2"],
-    count: Int[Array, ""],
-) -> Int[Array, " 1"]:
-    """The next token of one response, its `count`-th."""
-    uniform = uniforms(key[None], count[None])
-    return sample(logits, uniform, temperature=options.temperature)[0]
+def _join(*parts: Array) -> Array:
+    return jnp.concatenate(parts)
 
 
-def _generate(
-    graphdef: nnx.GraphDef,
-    options: SamplingOptions,
-    params: Any,
-    prompt_tokens: Int[Array, "P Tp"],
-    prompt_lengths: Int[Array, " P"],
-    group_ids: Int[Array, " B"],
-    keys: UInt32[Array, "B 2"],
-) -> _Slots:
-    model = nnx.merge(graphdef, params)
-    B, R = group_ids.shape[0], options.max_response_length
-    prompt_logits, prompt_cache = model.prefill(prompt_tokens, prompt_lengths)
-    keys = jnp.concatenate([keys, jnp.zeros((1, 2), keys.dtype)])  # the idle slots' key
-    group_ids = jnp.concatenate([group_ids, jnp.zeros(1, group_ids.dtype)])
-
-    def record(state: _Slots, active: Bool[Array, " S"], logits: Array) -> _Slots:
-        """Draw a token for the active slots and write it down; a slot that ends becomes free."""
-        drawn, logprob = sample(
-            logits, uniforms(keys[state.pair], state.count), temperature=options.temperature
-        )
-        rows = jnp.where(active, state.pair, B)
-        at = (rows, state.count)
-        is_end = jnp.isin(drawn, jnp.asarray(options.eos_ids))
-        count = jnp.where(active, state.count + 1, state.count)
-        return dataclasses.replace(
-            state,
-            token=jnp.where(active, drawn, state.token),
-            position=jnp.where(active, state.position + 1, state.position),
-            count=count,
-            live=active & ~is_end & (count < R),
-            tokens=state.tokens.at[at].set(drawn, mode="drop"),
-            logprobs=state.logprobs.at[at].set(logprob, mode="drop"),
-            lengths=state.lengths.at[rows].set(count, mode="drop"),
-            ended=state.ended.at[rows].set(is_end, mode="drop"),
-        )
-
-    def refill(state: _Slots) -> tuple[_Slots, Bool[Array, " S"], Array]:
-        """Give each free slot the next pair of the queue, with its prompt's cache."""
-        candidate = state.next_pair + jnp.cumsum(~state.live) - 1
-        fresh = ~state.live & (candidate < B)
-        pair = jnp.where(fresh, candidate, state.pair)
-        group = group_ids[pair]
-        width = prompt_tokens.shape[1]
-
-        def copy(slots: Array, prompts: Array) -> Array:
-            mine = jnp.where(fresh[:, None, None, None], prompts[group], slots[:, :, :width])
-            return slots.at[:, :, :width].set(mine)
-
-        state = dataclasses.replace(
-            state,
-            pair=pair,
-            position=jnp.where(fresh, prompt_lengths[group] - 1, state.position),
-            count=jnp.where(fresh, 0, state.count),
-            cache=jax.tree.map(copy, state.cache, prompt_cache),
-            next_pair=state.next_pair + jnp.sum(fresh),
-        )
-        return state, fresh, prompt_logits[group]
-
-    def admit(state: _Slots) -> _Slots:
-        before = state.live
-        state, fresh, logits = refill(state)
-        state = record(state, fresh, logits)
-        return dataclasses.replace(state, live=state.live | before)
-
-    def decode(state: _Slots) -> _Slots:
-        logits, cache = model.decode(state.token, state.position, state.cache)
-        state = dataclasses.replace(state, cache=cache, steps=state.steps + 1)
-        return record(state, state.live, logits)
-
-    def undisturbed(state: _Slots) -> Bool[Array, ""]:
-        """Whether decoding can go on: all slots busy, or the queue is empty and some are."""
-        return jnp.any(state.live) & (jnp.all(state.live) | (state.next_pair >= B))
-
-    def busy(state: _Slots) -> Bool[Array, ""]:
-        return jnp.any(state.live) | (state.next_pair < B)
-
-    def turn(state: _Slots) -> _Slots:
-        return jax.lax.while_loop(undisturbed, decode, admit(state))
-
-    return jax.lax.while_loop(busy, turn, _empty(model, options, prompt_tokens.shape[1], B))
+def _doubled(least: int, first: int) -> int:
+    """The first of first, 2·first, 4·first, … that is no smaller than `least`."""
+    while first < least:
+        first *= 2
+    return first
 
 
-def _empty(model: Any, options: SamplingOptions, prompt_width: int, B: int) -> _Slots:
-    S, R = options.slots, options.max_response_length
-    zeros = jnp.zeros(S, jnp.int32)
-    return _Slots(
-        pair=zeros + B,
-        token=zeros,
-        position=zeros,
-        count=zeros,
-        live=jnp.zeros(S, bool),
-        cache=model.empty_cache(S, prompt_width + R),
-        next_pair=jnp.zeros((), jnp.int32),
-        steps=jnp.zeros((), jnp.int32),
-        tokens=jnp.zeros((B, R), jnp.int32),
-        logprobs=jnp.zeros((B, R), jnp.float32),
-        lengths=jnp.zeros(B, jnp.int32),
-        ended=jnp.zeros(B, bool),
+def _queue(pool: range, samples: int, size: int, keys: np.ndarray, *, more: bool) -> Queue:
+    """All samples of the prompts of a pool, prompts first."""
+    pairs = np.arange(pool.start * samples, pool.stop * samples, dtype=np.int32)
+    extra = (0, size * samples - len(pairs))
+    return Queue(
+        prompt=jnp.asarray(np.pad(pairs // samples - pool.start, extra)),
+        row=jnp.asarray(np.pad(pairs, extra)),
+        keys=jnp.asarray(np.pad(keys[pairs], (extra, (0, 0)))),
+        count=jnp.asarray(len(pairs), jnp.int32),
+        more=jnp.asarray(more),
     )
 
 
-def _assemble(prompts: Prompts, groups: np.ndarray, out: _Slots) -> Rollout:
+def _draw_one(
+    options: SamplingOptions, logits: Array, key: UInt32[Array, " 2"], count: Array
+) -> Array:
+    """The next token of one response."""
+    return sample(
+        logits,
+        uniforms(key[None], count[None]),
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+    )[0]
+
+
+def _assemble(prompts: Prompts, groups: np.ndarray, out: Slots) -> Rollout:
     """Join prompts and responses into rows without padding between them."""
     response, logprobs = np.asarray(out.tokens), np.asarray(out.logprobs)
     counts = np.asarray(out.lengths)
