@@ -42,6 +42,8 @@ class Rollout:
     truncated: Bool[np.ndarray, " B"]
     #: Row of `Prompts` that each response answers.
     group_ids: Int[np.ndarray, " B"]
+    #: Log-probability of each sampled token under softmax(logits); kept where it was asked for.
+    raw_logprobs: Float[np.ndarray, "B T"] | None = None
 
     @property
     def response_lengths(self) -> Int[np.ndarray, " B"]:

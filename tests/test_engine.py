@@ -1,6 +1,7 @@
 """Laws of the sampler: exact log-probabilities, and ids that do not depend on slots."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,11 @@ import numpy as np
 import pytest
 
 from deltal_jax.objective.logprobs import token_logprobs
+from deltal_jax.rollout import engine as module
 from deltal_jax.rollout.engine import Engine, SamplingOptions
+from deltal_jax.rollout.sampling import keep
+from deltal_jax.rollout.schedule import ideal_steps
+from deltal_jax.rollout.slots import window_of
 from tests import fakes
 
 OPTIONS = SamplingOptions(slots=4, max_response_length=12, eos_ids=(fakes.EOS, 5))
@@ -107,13 +112,89 @@ def test_an_end_at_the_length_limit_is_not_truncated():
     assert cut.truncated[lengths > ended].all()
 
 
-def test_slot_steps_are_counted_and_slots_stay_busy(sampled):
+def test_slots_are_as_full_as_ideal_list_scheduling(sampled):
     rollout, stats = sampled
-    # The first token of a response comes from its prompt's prefill, the others from one step each.
-    assert stats.useful_steps == rollout.response_lengths.sum() - 15
-    assert stats.slot_steps % 4 == 0
-    longest_first = rollout.response_lengths.max() * np.ceil(15 / 4) * 4
-    assert stats.useful_steps <= stats.slot_steps < longest_first
+    lengths = rollout.response_lengths
+    assert stats.useful_steps == lengths.sum()
+    assert stats.slot_steps == stats.ideal_slot_steps == 4 * ideal_steps(lengths, 4)
+    assert stats.utilization_queued == 1.0 and 0.8 < stats.utilization <= 1.0
+
+
+#: Each makes the host do something that the others don't.
+HOSTS = {
+    "one pool": {},
+    "a pool a prompt": {"POOL_PAIRS": 0.5},
+    "narrow windows": {"NARROWEST": 4},
+    "narrow prompts": {"NARROWEST_PROMPT": 1, "PREFILL_TOKENS": 12},
+    "all": {"POOL_PAIRS": 0.5, "NARROWEST": 4, "NARROWEST_PROMPT": 1, "PREFILL_TOKENS": 6},
+}
+
+
+@pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
+def test_pools_and_windows_change_no_id(sampled, host, monkeypatch):
+    for name, value in host.items():
+        monkeypatch.setattr(module, name, value)
+    graphdef, params = fakes.model(fakes.PLAIN)
+    engine = Engine(graphdef, OPTIONS)
+    sizes = []
+    resize = engine._resize
+    engine._resize = lambda slots, window: (sizes.append(window), resize(slots, window))[1]
+    other, stats = engine.generate(params, fakes.prompts(5), KEY, samples=3, step=2)
+    np.testing.assert_array_equal(sampled[0].tokens, other.tokens)
+    np.testing.assert_array_equal(sampled[0].truncated, other.truncated)
+    np.testing.assert_allclose(sampled[0].logprobs, other.logprobs, atol=1e-5)
+    assert stats.useful_steps == other.response_lengths.sum()
+    assert stats.slot_steps == stats.ideal_slot_steps
+    assert bool(sizes) is ("NARROWEST" in host)
+
+
+def test_the_cache_grows_with_the_longest_live_response_and_shrinks_after_it(monkeypatch):
+    """One response of 24 runs to 38 tokens, the others end soon: the window follows."""
+    monkeypatch.setattr(module, "NARROWEST", 8)
+    graphdef, params = fakes.model(fakes.PLAIN)
+    options = SamplingOptions(slots=2, max_response_length=58, eos_ids=(3, 5, 7, 9))
+    engine = Engine(graphdef, options)
+    widths = []
+    run = engine._run
+
+    def watched(*arguments):
+        widths.append(window_of(arguments[4]))
+        return run(*arguments)
+
+    engine._run = watched
+    rollout, _ = engine.generate(params, fakes.prompts(24), KEY, samples=1)
+    lengths = rollout.response_lengths
+    assert lengths.max() > 32 and np.median(lengths) < 8
+    assert widths[0] == 8 and max(widths) == 64 and len(set(widths)) == 4
+    assert any(after < before for before, after in itertools.pairwise(widths))
+
+
+def test_long_tailed_lengths_keep_the_slots_full_while_responses_wait():
+    """Lognormal with σ = 1, the limit 32 times the median."""
+    lengths = np.clip(np.exp(np.random.default_rng(0).normal(3, 1, 256)), 1, 640).astype(int)
+    steps = ideal_steps(lengths, 16)
+    # While something waits no slot is idle: so few steps would do if the end were not ragged.
+    assert lengths.sum() / 16 <= steps <= lengths.sum() / 16 + lengths.max()
+    assert ideal_steps(lengths, 1) == lengths.sum() and ideal_steps(lengths, 500) == lengths.max()
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"temperature": 0.7, "top_p": 0.8}]
+)
+def test_logprobs_are_of_the_distribution_that_was_drawn_from(knobs):
+    """And the raw ones of the softmax of the logits, whatever the knobs."""
+    graphdef, params = fakes.model(fakes.PLAIN)
+    options = dataclasses.replace(OPTIONS, raw_logprobs=True, **knobs)
+    rollout, _ = Engine(graphdef, options).generate(params, fakes.prompts(3), KEY, samples=2)
+    logits = fakes.forward(fakes.PLAIN, params, rollout.tokens)[:, :-1]
+    filters = {"top_k": None, "top_p": 1.0, "min_p": 0.0} | knobs
+    temperature = filters.pop("temperature", 1.0)
+    scores = np.stack([keep(jnp.asarray(row / temperature), **filters) for row in logits])
+    mask, targets = rollout.loss_mask[:, 1:], rollout.tokens[:, 1:, None]
+    for found, of in ((rollout.logprobs, scores), (rollout.raw_logprobs, logits)):
+        every = np.take_along_axis(np.asarray(jax.nn.log_softmax(of)), targets, axis=-1)[..., 0]
+        np.testing.assert_allclose(found[:, 1:][mask], every[mask], atol=2e-5)
+    assert (rollout.logprobs[:, 1:][mask] > rollout.raw_logprobs[:, 1:][mask]).mean() > 0.5
 
 
 def test_streaming_gives_the_tokens_of_generate(sampled):

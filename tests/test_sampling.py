@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deltal_jax.rollout.sampling import sample, stream_keys, uniforms
 
@@ -15,20 +17,70 @@ def keys_of(step=0, round_=0, positions=(0, 1, 2), samples=4, seed=0):
     return np.asarray(stream_keys(key, *counters, samples))
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-def test_draws_follow_the_softmax(temperature):
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=11) * 2, jnp.float32)
+#: Vocabularies of one block and of several.
+VOCABULARIES = (11, 300)
+KNOBS = {
+    "cold": {"temperature": 0.5},
+    "plain": {"temperature": 1.0},
+    "hot": {"temperature": 1.7},
+    "top-k": {"temperature": 1.0, "top_k": 4},
+    "top-p": {"temperature": 1.0, "top_p": 0.6},
+    "min-p": {"temperature": 1.0, "min_p": 0.3},
+    "all": {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.02},
+}
+
+
+def exact_distribution(logits, temperature, top_k=None, top_p=1.0, min_p=0.0):
+    """The definition, in float64, one row."""
+    scores = np.asarray(logits, np.float64) / temperature
+    mass = np.exp(scores - scores.max())
+    order = np.argsort(-mass, kind="stable")
+    if top_k is not None:
+        mass[order[top_k:]] = 0.0
+    mass /= mass.sum()
+    if top_p < 1.0:
+        count = 1 + np.searchsorted(np.cumsum(mass[order]), top_p)
+        mass[order[count:]] = 0.0
+    mass[mass < min_p * mass.max()] = 0.0
+    return mass / mass.sum()
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS)
+def test_draws_follow_the_distribution(knobs, vocabulary):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=vocabulary) * 2, jnp.float32)
     count = 40_000
     keys = jnp.asarray(keys_of(positions=range(count), samples=1))
     drawn, logprob = sample(
-        jnp.broadcast_to(logits, (count, 11)),
+        jnp.broadcast_to(logits, (count, vocabulary)),
         uniforms(keys, jnp.zeros(count, int)),
-        temperature=temperature,
+        **knobs,
     )
-    exact = np.asarray(jax.nn.softmax(logits / temperature), np.float64)
-    observed = np.bincount(np.asarray(drawn), minlength=11)
-    assert scipy.stats.chisquare(observed, exact / exact.sum() * count).pvalue > 1e-3
-    np.testing.assert_allclose(np.exp(logprob), exact[np.asarray(drawn)], rtol=1e-5)
+    exact = exact_distribution(logits, **knobs)
+    observed = np.bincount(np.asarray(drawn), minlength=vocabulary)
+    assert not observed[exact == 0].any()
+    rare = (exact * count < 10) & (exact > 0)  # too few for a chi-squared test: all together
+    groups = [(observed[i], exact[i]) for i in np.flatnonzero(exact * count >= 10)]
+    groups += [(observed[rare].sum(), exact[rare].sum())] * bool(exact[rare].sum() * count >= 10)
+    seen, expected = np.asarray(groups).T
+    share = seen.sum() / expected.sum()
+    assert scipy.stats.chisquare(seen, expected * share).pvalue > 1e-3
+    np.testing.assert_allclose(np.exp(logprob), exact[np.asarray(drawn)], rtol=2e-5)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 400), st.floats(0.1, 40.0))
+def test_two_steps_of_inversion_find_what_one_running_sum_finds(seed, vocabulary, spread):
+    """In float64 by NumPy; where the two are apart, the number lies on the edge to rounding."""
+    rng = np.random.default_rng(seed)
+    logits = (rng.normal(size=(3, vocabulary)) * spread).astype(np.float32)
+    uniform = rng.random(3).astype(np.float32)
+    drawn, _ = sample(jnp.asarray(logits), jnp.asarray(uniform), temperature=1.0)
+    mass = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    edges = np.cumsum(mass, axis=1) / mass.sum(axis=1, keepdims=True)
+    for row, token in enumerate(np.asarray(drawn)):
+        low, high = (edges[row, token - 1] if token else 0.0), edges[row, token]
+        assert low - 1e-6 <= uniform[row] <= high + 1e-6
+        assert mass[row, token] > 0
 
 
 def test_a_token_without_mass_is_never_drawn():

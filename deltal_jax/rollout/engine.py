@@ -9,6 +9,7 @@ samples. Log-probabilities and masks come from the sampler, never from a guess a
 import bisect
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,7 +93,7 @@ class Engine:
         params = self._cast(params)
         layers = self._apart(params["blocks"])
         count, windows = len(prompts.lengths), self._windows(prompts)
-        size = min(count, -(-POOL_PAIRS * self.options.slots // samples))
+        size = min(count, max(1, math.ceil(POOL_PAIRS * self.options.slots / samples)))
         slots = None
         for first in range(0, count, size):
             pool = range(first, min(first + size, count))
@@ -251,25 +252,31 @@ def _draw_one(
 
 def _assemble(prompts: Prompts, groups: np.ndarray, out: Slots) -> Rollout:
     """Join prompts and responses into rows without padding between them."""
-    response, logprobs = np.asarray(out.tokens), np.asarray(out.logprobs)
-    counts = np.asarray(out.lengths)
+    response, counts = np.asarray(out.tokens), np.asarray(out.lengths)
     prompt_lengths = np.asarray(prompts.lengths)[groups]
     B, R = response.shape
     width = prompts.tokens.shape[1] + R
-    tokens = np.zeros((B, width), np.int32)
-    tokens[:, : prompts.tokens.shape[1]] = np.asarray(prompts.tokens)[groups]
     at = np.arange(width)[None, :] - prompt_lengths[:, None]
     mask = (at >= 0) & (at < counts[:, None])
     index = np.clip(at, 0, R - 1)
+
+    def placed(values: Array | None) -> np.ndarray | None:
+        if values is None:
+            return None
+        return np.where(mask, np.take_along_axis(np.asarray(values), index, axis=1), np.float32(0))
+
+    tokens = np.zeros((B, width), np.int32)
+    tokens[:, : prompts.tokens.shape[1]] = np.asarray(prompts.tokens)[groups]
     tokens = np.where(at >= 0, np.take_along_axis(response, index, axis=1), tokens)
+    logprobs = placed(out.logprobs)
+    assert logprobs is not None
     return Rollout(
         tokens=np.where(at < counts[:, None], tokens, 0),
         prompt_lengths=prompt_lengths,
         lengths=(prompt_lengths + counts).astype(np.int32),
         loss_mask=mask,
-        logprobs=np.where(mask, np.take_along_axis(logprobs, index, axis=1), 0.0).astype(
-            np.float32
-        ),
+        logprobs=logprobs,
         truncated=~np.asarray(out.ended),
         group_ids=groups,
+        raw_logprobs=placed(out.raw_logprobs),
     )
