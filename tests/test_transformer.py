@@ -52,10 +52,10 @@ def test_the_gradient_of_a_logit_reaches_no_later_token(arch):
 
     def logit(embedded):
         model = nnx.merge(graphdef, params)
-        model.embed = lambda _: embedded
+        model.embedded = lambda _: embedded
         return model.hidden(tokens, positions, segments)[0, 4].sum()
 
-    embedded = nnx.merge(graphdef, params).embed(tokens)
+    embedded = nnx.merge(graphdef, params).embedded(tokens)
     gradient = np.abs(np.asarray(jax.jit(jax.grad(logit))(embedded)))[0].max(axis=-1)
     assert (gradient[:5] > 0).all()
     assert (gradient[5:] == 0).all()

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from deltal_jax.model.attention import attend_cache, attend_rows, rope
 from deltal_jax.model.cache import Cache, LayerCache, init_cache, write_token
 from deltal_jax.model.lora import LoRA, LoRALinear
+from deltal_jax.model.precision import look_up, wide_product
 
 #: Whether a layer is a local one: known beforehand, or traced in a scan over layers.
 Local = bool | Bool[Array, ""]
@@ -227,7 +228,6 @@ class Transformer(nnx.Module):
 
         init = nnx.initializers.normal(arch.d_model**-0.5 if arch.tied_embeddings else 1.0)
         self.embed = nnx.Embed(arch.vocab, arch.d_model, embedding_init=init, rngs=rngs)
-        self.embed.dtype = None  # looked up as it is, cast afterwards: gradients add in its type
         self.blocks = stack(rngs)
         self.norm = RMSNorm(arch.d_model, arch, rngs)
         if not arch.tied_embeddings:
@@ -278,7 +278,7 @@ class Transformer(nnx.Module):
 
     def embedded(self, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape D"]:
         """Embeddings, scaled as the family does."""
-        x = self.embed(tokens)
+        x = look_up(self.embed.embedding[...], tokens)
         x = x.astype(self.arch.compute_dtype or x.dtype)
         return (
             x if self.arch.embed_scale == 1.0 else x * jnp.asarray(self.arch.embed_scale, x.dtype)
@@ -341,25 +341,6 @@ def make_linear(arch: Architecture, name: str, size: int, to: int, **options: An
     if arch.lora is not None and name in arch.lora.targets:
         return LoRALinear(size, to, arch.lora, dtype=arch.compute_dtype, **options)
     return nnx.Linear(size, to, dtype=arch.compute_dtype, **options)
-
-
-@jax.custom_vjp
-def wide_product(x: Float[Array, "*shape D"], matrix: Float[Array, "D V"]) -> Array:
-    """x · matrix in float32 or better, without rounding to the type of the factors: bf16 logits
-    would be off by up to 0.06 at 20. The backward products stay in that type."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.matmul(x, matrix, preferred_element_type=wide)
-
-
-def _wide_forward(x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
-    return wide_product(x, matrix), (x, matrix)
-
-
-def _wide_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    return jax.vjp(jnp.matmul, *saved)[1](cotangent.astype(saved[0].dtype))
-
-
-wide_product.defvjp(_wide_forward, _wide_backward)
 
 
 def rope_frequencies(arch: Architecture, local: Local) -> Float[Array, " half"]:
