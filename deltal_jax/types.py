@@ -85,5 +85,6 @@ class TrainState:
     #: Optimizer updates done in this phase.
     updates: Int[jax.Array, ""]
     key: Shaped[jax.Array, ""]
-    #: Parameters of the reference model, where there is a KL term; they never change.
+    #: Trained parameters (`lora.trained`) as the reference model has them, where there is a KL term;
+    #: they never change.
     reference: Any = None
