@@ -85,6 +85,6 @@ class TrainState:
     #: Optimizer updates done in this phase.
     updates: Int[jax.Array, ""]
     key: Shaped[jax.Array, ""]
-    #: Trained parameters (`lora.trained`) as the reference model has them, where there is a KL term;
-    #: they never change.
+    #: Parameters of the reference model that training changes (`lora.trained`), where there is a KL
+    #: term; they never change.
     reference: Any = None
