@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deltal_jax.model.attention import attend_cache, attend_rows, rope
 from deltal_jax.model.cache import Cache, LayerCache, init_cache, write_token
+from deltal_jax.model.kernels import Kernel
 from deltal_jax.model.lora import LoRA, LoRALinear
 from deltal_jax.model.precision import look_up, wide_product
 
@@ -90,7 +91,7 @@ class Architecture:
     #: Rotary base of the local layers; None: as the others.
     local_rope_theta: float | None = None
     #: The kernel of attention over whole rows: see `model.attention.attend_rows`.
-    attention: Literal["xla", "cudnn", "splash"] = "xla"
+    attention: Kernel = "xla"
 
 
 class RMSNorm(nnx.Module):
