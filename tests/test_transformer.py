@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deltal_jax.model.attention import rope
+from deltal_jax.model.attention import RopeScaling, rope
 from deltal_jax.model.transformer import (
     GatedMLP,
     RMSNorm,
-    RopeScaling,
     init_model,
     parameter_count,
     rope_frequencies,

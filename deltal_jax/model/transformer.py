@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from deltal_jax.model.attention import attend_cache, attend_rows, rope
+from deltal_jax.model.attention import RopeScaling, attend_cache, attend_rows, rope, scaled
 from deltal_jax.model.cache import Cache, LayerCache, init_cache, write_token
 from deltal_jax.model.kernels import Kernel
 from deltal_jax.model.lora import LoRA, LoRALinear
@@ -36,17 +36,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 #: Up to this depth the scan over layers is unrolled: a quarter faster on CPU, and it still compiles
 #: soon.
 UNROLLED_LAYERS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Slower rotations for longer contexts: all by `factor` (linear) or, where the other fields are
-    given, only the slow ones (llama3)."""
-
-    factor: float
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_length: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,26 +337,10 @@ def rope_frequencies(arch: Architecture, local: Local) -> Float[Array, " half"]:
     """Radians a position of each pair of a layer."""
     half = arch.head_dim // 2
     exponents = -jnp.arange(half, dtype=jnp.float32) / half
-    found = _scaled(arch.rope_theta**exponents, arch.rope_scaling)
+    found = scaled(arch.rope_theta**exponents, arch.rope_scaling)
     if arch.local_rope_theta is None or not any(arch.local_layers):
         return found
     return jnp.where(local, arch.local_rope_theta**exponents, found)
-
-
-def _scaled(
-    frequencies: Float[Array, " half"], scaling: RopeScaling | None
-) -> Float[Array, " half"]:
-    """Linear scaling, or llama3's: slow rotations by the factor, fast ones not, between them a
-    blend."""
-    if scaling is None:
-        return frequencies
-    slowed = frequencies / scaling.factor
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    if low is None or high is None or scaling.original_length is None:
-        return slowed
-    turns = frequencies * scaling.original_length / (2 * jnp.pi)
-    smooth = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return smooth * frequencies + (1.0 - smooth) * slowed
 
 
 def window_of(arch: Architecture) -> int | None:
