@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltal_jax.errors import UserError
+from deltal_jax.model.attention import RopeScaling
 from deltal_jax.model.families import architecture_of, config_of, tensor_names
 from deltal_jax.model.huggingface import load_architecture, load_params
-from deltal_jax.model.transformer import RopeScaling, parameter_count
+from deltal_jax.model.transformer import parameter_count
 from tests import fakes
 
 GOLDENS = Path(__file__).parent / "data" / "families.npz"

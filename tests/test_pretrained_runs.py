@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,15 @@ from deltal_jax.data.prompts import prompt_ids
 from deltal_jax.errors import UserError
 from deltal_jax.model.huggingface import load_architecture, load_params
 from deltal_jax.model.lora import trained
-from deltal_jax.training.setup import check_setup, encode_problems, init_params, make_setup
+from deltal_jax.rollout.engine import Engine
+from deltal_jax.training.collect import response_texts
+from deltal_jax.training.setup import (
+    check_setup,
+    encode_problems,
+    init_params,
+    make_engine,
+    make_setup,
+)
 from deltal_jax.training.trained import load_trained
 from tests import fakes, small_tokenizers
 from tests.test_loop import length_reward, timeless
@@ -239,6 +248,48 @@ def test_a_run_with_adapters_is_exported_either_way(adapted, checkpoint, merge, 
     want = params["blocks/attention/q/kernel"].astype(np.float32) + scale * product
     np.testing.assert_allclose(got["blocks/attention/q/kernel"], want, atol=1e-5)
     assert got.keys() == flat(load_params(checkpoint, arch)).keys()
+
+
+def test_a_run_is_asked_one_problem(adapted, capsys):
+    """The response is that of `generate` to the same prompt, judged by the task."""
+    assert main(["sample", str(adapted), "2 3 -> 5", "--temperature", "0", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    opened = load_trained(adapted, {})
+    setup, problem = opened.setup, opened.setup.task.parse_problem("2 3 -> 5")
+    engine = make_engine(setup, temperature=0.0)
+    prompts = encode_problems(setup, [problem])
+    rollout, _ = engine.generate(opened.params, prompts, jax.random.key(0), samples=1)
+    (text,) = response_texts(setup, rollout)
+    verdict = setup.task.verify(text, problem.answer)
+    ended = not rollout.truncated[0]
+    assert said == {
+        "prompt": problem.prompt,
+        "response": text,
+        "reward": verdict.reward,
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "truncated": not ended,
+        "tokens": int(rollout.response_lengths[0]) - ended,
+    }
+
+
+def test_ctrl_c_ends_the_question_between_two_tokens(adapted, monkeypatch, capsys):
+    stream, drawn = Engine.stream, []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def broken(*arguments, **options):
+        for token in stream(*arguments, **options):
+            if len(drawn) == 2:
+                signal.raise_signal(signal.SIGINT)
+            drawn.append(token)
+            yield token
+
+    monkeypatch.setattr(Engine, "stream", broken)
+    try:
+        assert main(["sample", str(adapted), "2 3 -> 5"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(drawn) == 3 and capsys.readouterr().err == "deltal: stopped\n"
 
 
 def test_merging_needs_adapters(whole, tmp_path, capsys):

@@ -106,6 +106,7 @@ def _ask_run(arguments: argparse.Namespace) -> int:
     """One problem of a trained run."""
     import jax
 
+    from deltal_jax.rollout.text import Response
     from deltal_jax.training.setup import encode_problems, make_engine
     from deltal_jax.training.trained import check_seed, load_trained
 
@@ -123,29 +124,24 @@ def _ask_run(arguments: argparse.Namespace) -> int:
     prompts = encode_problems(setup, [problem])
     if not arguments.json:
         print(problem.prompt, end="", flush=True)
-    ids: list[int] = []
-
-    def response() -> Iterator[int]:
-        for token in engine.stream(trained.params, prompts, jax.random.key(arguments.seed)):
-            if token in setup.tokenizer.eos_ids:
-                return
-            ids.append(token)
-            yield token
-
-    text = ""
-    for part in setup.tokenizer.stream(response()):
-        if not arguments.json:
-            print((" " if not text else "") + part, end="", flush=True)
-        text += part
-    truncated = len(ids) == config.rollout.max_response_length
+    tokens = engine.stream(trained.params, prompts, jax.random.key(arguments.seed))
+    response, text = Response(tokens, setup.tokenizer), ""
+    with _interruptible(response):
+        for part in response:
+            if not arguments.json:
+                print((" " if not text else "") + part, end="", flush=True)
+            text += part
+    if response.finish == "interrupted":
+        raise KeyboardInterrupt
+    truncated = response.finish == "length"
     verdict = setup.task.verify(text, problem.answer)
     if arguments.json:
         found = {"prompt": problem.prompt, "response": text, "reward": verdict.reward}
         judged = {"correct": verdict.correct, "reason": verdict.reason, "truncated": truncated}
-        print(json.dumps(found | judged | {"tokens": len(ids)}, ensure_ascii=False))
+        print(json.dumps(found | judged | {"tokens": response.count}, ensure_ascii=False))
     else:
         end = ", cut off at the length limit" if truncated else ""
-        print(f"\n→ {verdict.reason} ({len(ids)} tokens{end})")
+        print(f"\n→ {verdict.reason} ({response.count} tokens{end})")
         sys.stdout.flush()
     return 0
 
