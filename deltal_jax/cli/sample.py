@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltal_jax.cli.options import add_base, check_seed, moved_base
 from deltal_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object (a turn), nothing else"
     )
+    add_base(parser)
     text = parser.add_argument_group("text from a checkpoint folder")
     text.add_argument(
         "--model",
@@ -108,10 +110,10 @@ def _ask_run(arguments: argparse.Namespace) -> int:
 
     from deltal_jax.rollout.text import Response
     from deltal_jax.training.setup import encode_problems, make_engine
-    from deltal_jax.training.trained import check_seed, load_trained
+    from deltal_jax.training.trained import load_trained
 
     check_seed(arguments.seed)
-    trained = load_trained(Path(arguments.run), {})
+    trained = load_trained(Path(arguments.run), moved_base(arguments.base))
     setup, config = trained.setup, trained.setup.config
     if arguments.problem is None:
         problem = setup.task.held_out(arguments.seed % 512 + 1)[-1]
@@ -152,7 +154,6 @@ def _ask_model(arguments: argparse.Namespace) -> int:
     from deltal_jax.data.conversation import Conversation
     from deltal_jax.model.hub import find_checkpoint
     from deltal_jax.rollout.text import Writer, open_checkpoint
-    from deltal_jax.training.trained import check_seed
 
     check_seed(arguments.seed)
     if arguments.temperature is not None:

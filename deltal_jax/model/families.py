@@ -86,20 +86,18 @@ def _check_types(config: Config, prefix: str = "") -> None:
     for name, found in config.items():
         if found is None and name in OPTIONAL:
             continue
-        if name in COUNTS and not (type(found) is int and found > 0):
+        if name in COUNTS and not _is_positive(found, int):
             refuse(name, "a whole number of at least 1", found)
-        if name in NUMBERS and not (type(found) in (int, float) and 0 < found < math.inf):
+        if name in NUMBERS and not _is_positive(found, int | float):
             refuse(name, "a number above 0", found)
         if name in FLAGS and type(found) is not bool:
             refuse(name, "true or false", found)
-        if name in ("rope_parameters", "rope_scaling") and found is not None:
-            if not isinstance(found, dict):
-                refuse(name, "an object", found)
+        # Gemma's rope_parameters have an object for each type of layer.
+        ropes = LAYER_TYPES if prefix else ("rope_parameters", "rope_scaling")
+        if name in ropes and isinstance(found, dict):
             _check_types(found, f"{prefix}{name}.")
-        if name in LAYER_TYPES and prefix:  # Gemma's rope_parameters have one object for each
-            if not isinstance(found, dict):
-                refuse(name, "an object", found)
-            _check_types(found, f"{prefix}{name}.")
+        elif name in ropes and (found is not None or prefix):
+            refuse(name, "an object", found)
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         refuse("architectures", "a list of names", names)
@@ -109,6 +107,10 @@ def _check_types(config: Config, prefix: str = "") -> None:
     known = isinstance(kinds, list) and all(kind in LAYER_TYPES for kind in kinds)
     if not known or len(kinds) != config.get("num_hidden_layers"):
         refuse("layer_types", f"a list of {' or '.join(LAYER_TYPES)}, one a layer", kinds)
+
+
+def _is_positive(found: Any, kind: Any) -> bool:
+    return isinstance(found, kind) and not isinstance(found, bool) and 0 < found < math.inf
 
 
 def _common(config: Config) -> dict[str, Any]:

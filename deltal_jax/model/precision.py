@@ -1,9 +1,17 @@
-"""The two ends of the model in float32, whatever the type of its weights: logits forward, and the
-gradient of the embedding backward."""
+"""What keeps bfloat16 honest: programs that round alike; and the model's two ends in float32
+whatever the type of its weights, logits forward and the gradient of the embedding backward."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+#: `compiler_options` of every program that runs the model. By default the compiler leaves out
+#: rounding to bfloat16 between operations that it fuses, otherwise in each program: then the
+#: policy that is sampled, the one that is recomputed and the one whose gradient is taken differ by
+#: 1e-2 in a token's log-probability, and the ratio is not 1 on policy.
+ROUND_ALIKE: dict[str, Any] = {"xla_allow_excess_precision": False}
 
 
 @jax.custom_vjp

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from deltal_jax.model.cache import Cache
+from deltal_jax.model.precision import ROUND_ALIKE
 from deltal_jax.model.transformer import cast_weights, take_apart
 from deltal_jax.rollout.sampling import sample, stream_keys, uniforms
 from deltal_jax.types import Prompts, Rollout
@@ -74,15 +75,16 @@ class Engine:
     def __init__(self, graphdef: nnx.GraphDef, options: SamplingOptions):
         self.options = options
         self._cast = jax.jit(functools.partial(cast_weights, graphdef))
-        self._run = jax.jit(functools.partial(_generate, graphdef, options))
-        self._prefill = jax.jit(
+        alike = functools.partial(jax.jit, compiler_options=ROUND_ALIKE)
+        self._run = alike(functools.partial(_generate, graphdef, options))
+        self._prefill = alike(
             functools.partial(_prefill_one, graphdef), static_argnames="cache_length"
         )
         self._apart = jax.jit(
             lambda blocks: take_apart(blocks, jax.tree.leaves(blocks)[0].shape[0])
         )
         self._draw = jax.jit(functools.partial(_draw_one, options))
-        self._decode = jax.jit(
+        self._decode = alike(
             lambda params, tokens, positions, cache, apart: nnx.merge(graphdef, params).decode(
                 tokens, positions, cache, apart
             ),

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from deltal_jax.model.lora import overlay, trained
+from deltal_jax.model.precision import ROUND_ALIKE
 from deltal_jax.objective.aggregation import policy_gradient_loss
 from deltal_jax.objective.divergence import kl_k3
 from deltal_jax.objective.logprobs import chunked_logprobs
@@ -159,7 +160,7 @@ class Update:
 
     def _jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """Compiled where the mesh is known to the kernels of attention, which split by it."""
-        compiled = jax.jit(function, **options)
+        compiled = jax.jit(function, compiler_options=ROUND_ALIKE, **options)
         if self.mesh is None:
             return compiled
 
