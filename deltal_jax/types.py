@@ -87,5 +87,6 @@ class TrainState:
     #: Optimizer updates done in this phase.
     updates: Int[jax.Array, ""]
     key: Shaped[jax.Array, ""]
-    #: Parameters of the reference model, where there is a KL term; they never change.
+    #: Parameters of the reference model that training changes (`lora.trained`), where there is a KL
+    #: term; they never change.
     reference: Any = None

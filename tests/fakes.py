@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 
 from deltal_jax.config import load_config
 from deltal_jax.errors import UserError
+from deltal_jax.model.attention import RopeScaling
 from deltal_jax.model.transformer import (
     Architecture,
-    RopeScaling,
     abstract_params,
     init_model,
     make_graphdef,

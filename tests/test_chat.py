@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deltal_jax.data.chat import encode_chat, render_chat
+from deltal_jax.data.chat import encode_chat, render_chat, turn_end
 from deltal_jax.data.tokenizer import read_tokenizer
 from deltal_jax.errors import UserError
 from tests.small_tokenizers import transformers_tokenizer, write_folder
@@ -341,3 +341,22 @@ def test_a_variable_overrides_a_special_token(tmp_path):
     tokenizer = read_tokenizer(write_folder(tmp_path, "qwen", template="{{ eos_token }} {{ x }}"))
     assert tokenizer.decode(encode_chat(tokenizer, [USER], x=1)) == " 1"
     assert tokenizer.decode(encode_chat(tokenizer, [USER], x=1, eos_token="end")) == "end 1"
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "end"),
+    [
+        ("qwen", "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}", "<|im_end|>"),
+        (
+            "gemma",
+            "{% for m in messages %}{{ m.content }}<end_of_turn>{% endfor %}",
+            "<end_of_turn>",
+        ),
+        ("gemma", "{% for m in messages %}{{ m.content }}{% endfor %}", "<eos>"),
+    ],
+)
+def test_a_turn_ends_as_the_template_ends_it(family, template, end, tmp_path):
+    """Gemma's own eos_token is another than what its template writes."""
+    tokenizer = read_tokenizer(write_folder(tmp_path, family, template=template))
+    ids = {text: tokenizer.encode(text) for text in ("<|im_end|>", "<end_of_turn>", "<eos>")}
+    assert [turn_end(tokenizer)] == ids[end]

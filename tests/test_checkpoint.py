@@ -1,5 +1,7 @@
 """Checkpoints give back every bit, and refuse to be what they are not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,15 +27,17 @@ def _halved(x):
 POSITION = Position("rl", 3, 48, 1234)
 
 
-def test_every_array_comes_back_bit_for_bit(tmp_path):
-    saved = state()
+@pytest.mark.parametrize("make", [state, lambda: jax.tree.map(_halved, state())])
+def test_every_array_comes_back_bit_for_bit(make, tmp_path):
+    """In float32, and parameters and moments in bfloat16."""
+    saved = make()
     first = Checkpoints(tmp_path / "c")
     first.save(10, saved, POSITION)
     first.close()
     second = Checkpoints(tmp_path / "c")
     assert second.newest() == 10
     assert second.read_position(10) == POSITION
-    restored = second.read_state(10, abstract_state(state))
+    restored = second.read_state(10, abstract_state(make))
     second.close()
     assert jax.tree.structure(restored) == jax.tree.structure(saved)
     for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(saved), strict=True):
@@ -42,6 +46,19 @@ def test_every_array_comes_back_bit_for_bit(tmp_path):
             assert jax.random.key_impl(a) == jax.random.key_impl(b)
             a, b = jax.random.key_data(a), jax.random.key_data(b)
         np.testing.assert_array_equal(a, b)
+
+
+def test_frozen_parameters_are_not_saved_nor_asked_for(tmp_path):
+    adapter = {"lora_a": jnp.full((2, 4), 0.5)}
+    params = {"layer": {"kernel": jnp.ones((4, 4), jnp.bfloat16), "lora": adapter}}
+    whole = dataclasses.replace(state(), params=params, opt_state=(), reference={"r": jnp.ones(2)})
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, whole, POSITION)
+    restored = checkpoints.read_state(1, abstract_state(lambda: whole))
+    checkpoints.close()
+    assert restored.params.keys() == {"layer"} and restored.params["layer"].keys() == {"lora"}
+    np.testing.assert_array_equal(restored.params["layer"]["lora"]["lora_a"], adapter["lora_a"])
+    np.testing.assert_array_equal(restored.reference["r"], whole.reference["r"])
 
 
 def test_only_the_newest_are_kept(tmp_path):

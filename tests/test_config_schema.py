@@ -22,6 +22,8 @@ from deltal_jax.config import (
     load_config,
     schema,
 )
+from deltal_jax.model.kernels import Kernel
+from deltal_jax.model.lora import TARGETS
 from deltal_jax.model.transformer import Architecture
 from deltal_jax.objective.advantages import ADVANTAGES
 from deltal_jax.objective.aggregation import AGGREGATIONS
@@ -76,6 +78,12 @@ def test_the_choices_of_the_objective_are_the_functions_that_there_are(field, ta
         options = {"objective.rho": [0.2], "objective.old_logprobs": "recompute"}
         config = load_config(TINY, options | {f"objective.{field}": name})
         assert getattr(config.objective, field) == name
+
+
+def test_targets_and_kernels_are_those_that_the_model_has():
+    assert typing.get_args(schema.Projection) == tuple(TARGETS)
+    kernels = typing.get_args(typing.get_type_hints(ModelConfig)["attention"])
+    assert kernels == ("auto", *typing.get_args(Kernel))
 
 
 def test_every_divergence_but_k1_may_be_a_loss():

@@ -1,5 +1,7 @@
 """What is said before a run is what the run does."""
 
+import dataclasses
+import functools
 from typing import get_args
 
 import jax
@@ -12,9 +14,12 @@ from deltal_jax.config import (
     Advantage,
     Aggregation,
     Correction,
+    LoraConfig,
     Surrogate,
     load_config,
 )
+from deltal_jax.model.lora import overlay, trained
+from deltal_jax.model.transformer import cast_weights, init_model, make_graphdef, split_model
 from deltal_jax.training.describe import batch_arithmetic, formula, memory_estimate
 from deltal_jax.training.objective import make_loss
 from deltal_jax.training.optimizer import make_optimizer
@@ -268,3 +273,28 @@ def test_the_memory_estimate_is_near_what_the_compiler_says():
     )
     assert (estimate["reference"], more["reference"]) == (0, sum(sizes))
     assert more["total"] == estimate["total"] + sum(sizes)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("computed", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_memory_of_weights_is_that_of_what_a_run_holds(stored, computed, rank):
+    """The sampler's copies are those that it makes; frozen parameters are in bfloat16."""
+    config = load_config(
+        "countdown-tiny", {"model.param_dtype": stored, "model.compute_dtype": computed}
+    )
+    lora = LoraConfig(rank=rank, targets=("q_proj", "down_proj"))
+    config = dataclasses.replace(config, lora=lora)
+    arch = make_architecture(config, 23)
+    params = jax.eval_shape(lambda: split_model(init_model(arch, jax.random.key(0)))[1])
+    own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored), trained(params))
+    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
+    params = overlay(base, own)
+    cast = jax.eval_shape(functools.partial(cast_weights, make_graphdef(arch)), params)
+    sizes = jax.tree.map(lambda x: x.size * x.dtype.itemsize, (params, cast))
+    held, copied = (jax.tree.leaves(tree) for tree in sizes)
+    estimate = memory_estimate(config, arch)
+    assert estimate["parameters"] == sum(held)
+    copies = sum(new for new, old in zip(copied, held, strict=True) if new != old)
+    norms = (2 * arch.layers + 1) * arch.d_model * 4  # stay as they are
+    assert copies <= estimate["sampling_weights"] <= copies + norms * (copies > 0)

@@ -8,11 +8,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deltal_jax.errors import UserError
+from deltal_jax.model.attention import RopeScaling
 from deltal_jax.model.families import architecture_of, config_of, tensor_names
 from deltal_jax.model.huggingface import load_architecture, load_params
-from deltal_jax.model.transformer import RopeScaling, parameter_count
+from deltal_jax.model.transformer import parameter_count
 from tests import fakes
 
 GOLDENS = Path(__file__).parent / "data" / "families.npz"
@@ -375,6 +378,56 @@ def test_a_config_that_lacks_a_field_is_refused_by_the_name_of_the_field():
     with pytest.raises(UserError) as caught:
         architecture_of(config)
     assert str(caught.value) == "model.path: config.json has no field 'hidden_size'"
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 40)
+    | st.floats(allow_nan=True)
+    | st.sampled_from(["3", "default", "sliding_attention", "Qwen2ForCausalLM", ""]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["rope_type", "rope_theta", "factor", "x"]), inner)
+    ),
+    max_leaves=6,
+)
+#: Fields that one config or another has.
+FIELDS = sorted({key for config in fakes.CONFIGS.values() for key in config} - {"model_type"})
+
+
+@given(st.sampled_from(sorted(fakes.CONFIGS)), st.sampled_from(FIELDS), JSON)
+def test_any_value_of_a_field_is_either_a_model_or_one_line(name, field, value):
+    """Never another exception, neither here nor when the model is described."""
+    refused, arch = "", None
+    try:
+        arch = architecture_of(fakes.CONFIGS[name] | {field: value})
+    except UserError as error:
+        refused = str(error)
+    if arch is None:
+        assert refused.startswith("model.path: ") and "\n" not in refused
+    else:
+        assert parameter_count(arch) > 0
+        assert not arch.local_layers or len(arch.local_layers) == arch.layers
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": "3"}, "num_hidden_layers must be a whole number of at least 1"),
+        ({"rope_parameters": [1]}, "rope_parameters must be an object, got [1]"),
+        ({"rms_norm_eps": None}, "rms_norm_eps must be a number above 0, got None"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, got 'yes'"),
+        ({"architectures": "Qwen2ForCausalLM"}, "architectures must be a list of names"),
+        ({"layer_types": ["full_attention"]}, "layer_types must be a list of full_attention or"),
+        ({"num_attention_heads": 3}, "num_key_value_heads 2 does not divide"),
+        ({"head_dim": 5}, "head_dim 5 is not even"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_by_its_name(change, message):
+    with pytest.raises(UserError) as caught:
+        architecture_of(fakes.CONFIGS["qwen2"] | change)
+    assert str(caught.value).startswith(f"model.path: config.json: {message}")
 
 
 OURS = [fakes.PLAIN, fakes.GROUPED, fakes.FAMILIES["qwen3"]]

@@ -6,7 +6,7 @@ import huggingface_hub.constants
 import pytest
 
 from deltal_jax.errors import UserError
-from deltal_jax.model.hub import find_checkpoint
+from deltal_jax.model.hub import find_checkpoint, pinned
 from deltal_jax.model.huggingface import read_config
 from tests import fakes
 
@@ -30,7 +30,7 @@ def test_a_folder_is_itself(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_checkpoint(str(tmp_path)) == tmp_path
     assert find_checkpoint("~") == tmp_path
-    with pytest.raises(UserError, match=r"model\.revision: .* is a folder, which has no revisions"):
+    with pytest.raises(UserError, match=r"model\.revision: .* is a folder, which has none"):
         find_checkpoint(str(tmp_path), "main")
 
 
@@ -70,3 +70,18 @@ def test_without_the_hubs_package_the_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(UserError, match="pip install huggingface_hub"):
         find_checkpoint("some/model")
+
+
+def test_pinned_means_the_same_for_ever(cache, tmp_path, monkeypatch):
+    assert pinned("some/model-1.5B", "v1") == ("some/model-1.5B", COMMIT)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert pinned("here", None) == (str(tmp_path / "here"), None)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "~nobody-of-that-name/x", "a\0b"])
+def test_what_can_be_no_path_is_refused_in_one_line(path):
+    said = r"model\.path: .* cannot be a folder|it is no hub id"
+    with pytest.raises(UserError, match=said) as caught:
+        find_checkpoint(path)
+    assert "\n" not in str(caught.value)

@@ -258,6 +258,23 @@ def test_rotary_tables_and_a_head_written_twice_are_no_news(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded(changed(folder, change)), before)
 
 
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path):
+    config = fakes.CONFIGS["qwen2"]
+    tensors = fakes.checkpoint_tensors(config)
+    for change, said in (
+        (lambda head: head, None),
+        (lambda head: head + (np.arange(head.size) == 77).reshape(head.shape), "differs from"),
+        (lambda head: head[:5], r"unknown lm_head\.weight"),
+    ):
+        head = change(tensors["model.embed_tokens.weight"]).astype(np.float32)
+        folder = fakes.write_checkpoint(tmp_path, config, tensors | {"lm_head.weight": head})
+        if said is None:
+            loaded(folder)
+        else:
+            with pytest.raises(UserError, match=said):
+                loaded(folder)
+
+
 def test_a_folder_without_a_config_or_without_weights_is_refused_in_one_line(llama):
     (llama / "model.safetensors").rename(llama / "weights.bin")
     message = refusal(lambda: loaded(llama))

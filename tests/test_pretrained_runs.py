@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from flax import traverse_util
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import deltal_jax
 from deltal_jax.cli.main import main
@@ -19,7 +20,18 @@ from deltal_jax.data.prompts import prompt_ids
 from deltal_jax.errors import UserError
 from deltal_jax.model.huggingface import load_architecture, load_params
 from deltal_jax.model.lora import trained
-from deltal_jax.training.setup import check_setup, encode_problems, init_params, make_setup
+from deltal_jax.rollout.engine import Engine
+from deltal_jax.training.collect import collect, response_texts
+from deltal_jax.training.loop import update_policy
+from deltal_jax.training.setup import (
+    check_setup,
+    encode_problems,
+    init_params,
+    make_engine,
+    make_setup,
+    make_update,
+    pin_checkpoint,
+)
 from deltal_jax.training.trained import load_trained
 from tests import fakes, small_tokenizers
 from tests.test_loop import length_reward, timeless
@@ -185,6 +197,52 @@ def test_adapters_of_another_model_are_refused(adapted, checkpoint, tmp_path):
         go_on(adapted, rl__steps=3, lora__rank=4)
 
 
+def test_adapters_beside_other_weights_are_refused(adapted, checkpoint, tmp_path, capsys):
+    """The same config, one number of one matrix changed."""
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1.0
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.path: .*/other has other weights than the run"):
+        go_on(adapted, rl__steps=3, model__path=str(other))
+    to = str(tmp_path / "out")
+    assert main(["export", str(adapted), "--to", to, "--base", str(other)]) == 2
+    assert "has other weights" in capsys.readouterr().err
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    assert main(["export", str(adapted), "--to", to, "--base", str(moved)]) == 0
+
+
+def test_weights_that_do_not_fit_leave_no_run_folder(checkpoint, experiment, tmp_path):
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"does not fit its config: missing model\.norm\.weight"):
+        start(experiment, tmp_path / "run", model__path=str(broken))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_relative_path_is_kept_as_an_absolute_one(checkpoint, experiment, tmp_path, monkeypatch):
+    monkeypatch.chdir(checkpoint.parent)
+    config = pin_checkpoint(load_config(experiment, {"model.path": checkpoint.name}))
+    assert config.model.path == str(checkpoint)
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora.rank": 2}], ids=["whole", "adapters"])
+def test_in_bfloat16_the_policy_of_all_programs_is_the_same(lora, checkpoint, experiment):
+    """What is sampled, recomputed and differentiated: the ratio of an on-policy update is 1."""
+    options = {"model.path": str(checkpoint), "rollout.max_response_length": 12} | lora
+    setup = make_setup(load_config(experiment, options))
+    update = make_update(setup, "rl")
+    state = update.init(init_params(setup, jax.random.key(0)), jax.random.key(1), reference=True)
+    engine = make_engine(setup, temperature=1.0)
+    batch = collect(setup, engine, state.params, jax.random.key(2), step=0)
+    _, metrics = update_policy(setup, update, state, batch)
+    assert abs(metrics["policy/ratio_max"] - 1.0) < 1e-6
+    assert abs(metrics["policy/kl"]) < 1e-9
+    assert metrics["mismatch/logprob_diff_mean"] < 1e-3
+
+
 def test_a_new_model_cannot_become_a_loaded_one(tmp_path, whole):
     with pytest.raises(UserError, match=r"model\.path: the run was started with .* cannot go on"):
         go_on(whole, rl__steps=3, model__path=None)
@@ -241,6 +299,48 @@ def test_a_run_with_adapters_is_exported_either_way(adapted, checkpoint, merge, 
     assert got.keys() == flat(load_params(checkpoint, arch)).keys()
 
 
+def test_a_run_is_asked_one_problem(adapted, capsys):
+    """The response is that of `generate` to the same prompt, judged by the task."""
+    assert main(["sample", str(adapted), "2 3 -> 5", "--temperature", "0", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    opened = load_trained(adapted, {})
+    setup, problem = opened.setup, opened.setup.task.parse_problem("2 3 -> 5")
+    engine = make_engine(setup, temperature=0.0)
+    prompts = encode_problems(setup, [problem])
+    rollout, _ = engine.generate(opened.params, prompts, jax.random.key(0), samples=1)
+    (text,) = response_texts(setup, rollout)
+    verdict = setup.task.verify(text, problem.answer)
+    ended = not rollout.truncated[0]
+    assert said == {
+        "prompt": problem.prompt,
+        "response": text,
+        "reward": verdict.reward,
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "truncated": not ended,
+        "tokens": int(rollout.response_lengths[0]) - ended,
+    }
+
+
+def test_ctrl_c_ends_the_question_between_two_tokens(adapted, monkeypatch, capsys):
+    stream, drawn = Engine.stream, []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def broken(*arguments, **options):
+        for token in stream(*arguments, **options):
+            if len(drawn) == 2:
+                signal.raise_signal(signal.SIGINT)
+            drawn.append(token)
+            yield token
+
+    monkeypatch.setattr(Engine, "stream", broken)
+    try:
+        assert main(["sample", str(adapted), "2 3 -> 5"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(drawn) == 3 and capsys.readouterr().err == "deltal: stopped\n"
+
+
 def test_merging_needs_adapters(whole, tmp_path, capsys):
     assert main(["export", str(whole), "--to", str(tmp_path / "x"), "--merge"]) == 2
     assert "--merge: " in capsys.readouterr().err
@@ -257,6 +357,12 @@ REFUSALS = {
         "model.param_dtype: adapters are trained in float32",
     ),
     "no such target": ({"lora.targets": ["query"]}, "lora.targets[0]: 'query' is not one of"),
+    "context": (
+        {"rollout.max_response_length": 60, "length_buckets": None},
+        "rollout.max_response_length: with the prompt up to 88 tokens, and the model was made for",
+    ),
+    "twice": ({"lora.targets": ["q_proj", "q_proj"]}, "lora.targets: names a matrix twice"),
+    "kernel": ({"model.attention": "splash"}, "model.attention: splash needs a TPU, and"),
     "template": ({"data.chat_template": True}, "data.chat_template: the tokenizer has no default"),
     "long prompts": (
         {"rollout.max_prompt_length": 3},

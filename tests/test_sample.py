@@ -16,7 +16,7 @@ from deltal_jax.data.tokenizer import read_tokenizer
 from deltal_jax.errors import UserError
 from deltal_jax.model.huggingface import load_architecture, load_params
 from deltal_jax.rollout.engine import Engine
-from deltal_jax.rollout.text import Writer, open_checkpoint
+from deltal_jax.rollout.text import Response, Writer, open_checkpoint
 from tests import fakes, small_tokenizers
 from tests.test_chat import CHATML, DATE, GEMMA, LLAMA3
 
@@ -376,6 +376,22 @@ def test_ctrl_c_ends_the_program_without_a_conversation(interrupted, deltal, fol
     command = ("sample", "--model", folders["gemma"], "--prompt", PROMPT)
     code, out, err = deltal(*command)
     assert (code, err) == (130, "deltal: stopped\n") and out.endswith("\n")
+
+
+def test_a_stopped_response_lets_go_of_what_the_sampler_holds(folders):
+    """A cache and a copy of all layers: a conversation keeps its responses."""
+    held = {"cache"}
+
+    def tokens():
+        try:
+            yield from (5, 6, 7)
+        finally:
+            held.clear()
+
+    response = Response(tokens(), read_tokenizer(folders["qwen"]))
+    for _ in response:
+        response.stop()
+    assert (response.finish, response.ids, held) == ("interrupted", [5], set())
 
 
 REFUSALS = {

@@ -348,6 +348,18 @@ def test_a_gradient_that_is_not_finite_leaves_parameters_and_moments(update):
     chex.assert_trees_all_close(state.params, fakes.model(fakes.PLAIN)[1], atol=0, rtol=0)
 
 
+def test_micro_batches_of_bfloat16_parameters_are_added_in_float32(update):
+    """A sum of bfloat16 gradients would be off by the parts' last digits."""
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), fakes.model(fakes.PLAIN)[1])
+    buckets = buckets_of(LAYOUTS[1], weights_of("delta_l"))
+    parts = [update.accumulate(low, [bucket]).grads for bucket in buckets]
+    total = update.accumulate(low, buckets).grads
+    assert len(parts) > 3 and {str(x.dtype) for x in jax.tree.leaves(total)} == {"float32"}
+    want = jax.tree.map(lambda *xs: sum(np.asarray(x, np.float64) for x in xs), *parts)
+    chex.assert_trees_all_close(total, want, rtol=1e-6, atol=1e-7)
+    assert any(np.any(np.asarray(jnp.bfloat16(x)) != x) for x in jax.tree.leaves(total))
+
+
 def test_one_compile_a_bucket_shape_and_no_more():
     graphdef, params = fakes.model(fakes.PLAIN)
     counting = Update(graphdef, optax.sgd(0.1), SUPERVISED)

@@ -1,5 +1,6 @@
 """A whole update on a mesh, in one process or several, is the update of one device."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,13 +9,15 @@ import numpy as np
 import optax
 import pytest
 
+from deltal_jax.model.lora import LoRA, overlay, trained
+from deltal_jax.model.transformer import init_model, make_graphdef, split_model
 from deltal_jax.objective.aggregation import AGGREGATIONS
 from deltal_jax.objective.divergence import kl_k2
 from deltal_jax.objective.surrogate import clipped, gspo
 from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.parallel.sharding import row_shards, wholly_replicated
-from deltal_jax.training.buckets import make_minibatches
-from deltal_jax.training.step import LossTerms, Update
+from deltal_jax.training.buckets import make_buckets, make_minibatches
+from deltal_jax.training.step import SUPERVISED, LossTerms, Update
 from tests import fakes
 from tests.processes import run_processes
 
@@ -127,6 +130,85 @@ def test_parameters_gradients_and_moments_are_laid_out_alike_and_stay_so():
             lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), tree, before.params
         )
         assert all(jax.tree.leaves(found))
+
+
+def narrow(x):
+    return x.astype(jnp.bfloat16)
+
+
+def stored_in_bfloat16(kind):
+    """Graph definition and parameters, computed in float32: all stored in bfloat16, or all beside
+    adapters in float32."""
+    lora = LoRA(2, 4.0, ("q_proj", "o_proj", "down_proj")) if kind == "adapters" else None
+    arch = dataclasses.replace(fakes.PLAIN, compute_dtype="float32", lora=lora)
+    params = split_model(init_model(arch, jax.random.key(0)))[1]
+    low = overlay(params, jax.tree.map(narrow, fakes.model(fakes.PLAIN)[1]))
+    if lora is None:
+        return make_graphdef(arch), low
+    adapters = jax.tree.map(lambda x: x + 0.1, trained(params))  # B starts at 0
+    return make_graphdef(arch), overlay(low, adapters)
+
+
+@functools.cache
+def narrow_steps(kind, sizes):
+    """The first gradient, and the state before and after two updates."""
+    graphdef, params = stored_in_bfloat16(kind)
+    mesh = None if sizes is None else make_mesh(*sizes)
+    moments = "float32" if kind == "adapters" else "bfloat16"
+    update = Update(graphdef, optax.adam(1e-3), SUPERVISED, mesh=mesh, moment_dtype=moments)
+    state = update.init(params, jax.random.key(0), reference=True)
+    rollout, ones = fakes.rollout(COUNT), np.ones(COUNT, np.float32)
+    buckets = make_buckets(
+        rollout,
+        np.arange(COUNT),
+        advantages=ones,
+        weights=ones,
+        edges=(30,),
+        tokens_per_microbatch=120,
+        row_multiple=1 if mesh is None else row_shards(mesh),
+    )
+    gradient = update.accumulate(state.params, buckets).grads
+    before = jax.tree.map(jnp.copy, state)
+    for _ in range(2):
+        state, _ = update(state, buckets)
+    return gradient, before, state
+
+
+@pytest.mark.parametrize("kind", ["adapters", "bfloat16"])
+def test_what_is_stored_in_bfloat16_is_trained_on_a_mesh_as_on_one_device(kind):
+    gradient, before, after = narrow_steps(kind, (2, 2, 2))
+    want, _, alone = narrow_steps(kind, None)
+    # Gradients of bfloat16 parameters are rounded to it once a micro-batch.
+    tolerance = 1e-5 if kind == "adapters" else 2**-8
+    for found, wanted in zip(*map(jax.tree.leaves, (gradient, want)), strict=True):
+        assert found.dtype == jnp.float32
+        assert np.linalg.norm(found - wanted) <= tolerance * np.linalg.norm(wanted)
+    # The same random numbers round on all meshes, so that few numbers fall to the other side.
+    pairs = list(zip(*map(jax.tree.leaves, (after.params, alone.params)), strict=True))
+    assert [a.dtype for a, _ in pairs] == [b.dtype for _, b in pairs]
+    far = [np.abs(np.asarray(a, float) - np.asarray(b, float)) > 1e-5 for a, b in pairs]
+    assert np.mean(np.concatenate([x.ravel() for x in far])) < 0.02
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before.params, after.params)
+    assert all(jax.tree.leaves(trained(moved)))
+    assert sum(jax.tree.leaves(moved)) == len(jax.tree.leaves(trained(moved)))
+
+
+@pytest.mark.parametrize("kind", ["adapters", "bfloat16"])
+def test_what_is_trained_is_laid_out_as_its_moments_and_reference_are(kind):
+    gradient, before, after = narrow_steps(kind, (2, 2, 2))
+    want = trained(before.params)
+    moments = after.opt_state[0]
+    for tree in (gradient, trained(after.params), moments.mu, moments.nu, after.reference):
+        alike = jax.tree.map(
+            lambda x, w: x.sharding.is_equivalent_to(w.sharding, x.ndim), tree, want
+        )
+        assert all(jax.tree.leaves(alike))
+    stored = {str(x.dtype) for x in jax.tree.leaves((moments.mu, moments.nu))}
+    assert stored == {"float32" if kind == "adapters" else "bfloat16"}
+    split = [x for x in jax.tree.leaves(want) if not x.sharding.is_fully_replicated]
+    assert len(split) >= 6
+    for a, b in zip(*map(jax.tree.leaves, (before.reference, after.reference)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def in_processes(method: str) -> dict[str, np.ndarray]:

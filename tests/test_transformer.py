@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deltal_jax.model.attention import rope
+from deltal_jax.model.attention import RopeScaling, rope
 from deltal_jax.model.transformer import (
     GatedMLP,
     RMSNorm,
-    RopeScaling,
     init_model,
     parameter_count,
     rope_frequencies,
@@ -52,10 +51,10 @@ def test_the_gradient_of_a_logit_reaches_no_later_token(arch):
 
     def logit(embedded):
         model = nnx.merge(graphdef, params)
-        model.embed = lambda _: embedded
+        model.embedded = lambda _: embedded
         return model.hidden(tokens, positions, segments)[0, 4].sum()
 
-    embedded = nnx.merge(graphdef, params).embed(tokens)
+    embedded = nnx.merge(graphdef, params).embedded(tokens)
     gradient = np.abs(np.asarray(jax.jit(jax.grad(logit))(embedded)))[0].max(axis=-1)
     assert (gradient[:5] > 0).all()
     assert (gradient[5:] == 0).all()

@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from deltal_jax.cli.options import check_seed
 from deltal_jax.config import parse_overrides
 
 
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     from deltal_jax.analysis.statistics import wilson_interval
     from deltal_jax.training.evaluate import evaluate
     from deltal_jax.training.setup import make_engine
-    from deltal_jax.training.trained import check_seed, load_trained
+    from deltal_jax.training.trained import load_trained
 
     if arguments.seed is not None:
         check_seed(arguments.seed)

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deltal_jax.cli.options import add_base, moved_base
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
@@ -20,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of a run with adapters: a whole model, not the adapters in PEFT's format",
     )
+    add_base(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
 
 
@@ -34,8 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
     from deltal_jax.model.lora import merge_adapters, trained
     from deltal_jax.training.trained import load_trained
 
-    source = load_trained(Path(arguments.run), {})
-    setup, params, folder = source.setup, source.params, Path(arguments.to)
+    folder = Path(arguments.to)
+    huggingface.check_new(folder)
+    source = load_trained(Path(arguments.run), moved_base(arguments.base))
+    setup, params = source.setup, source.params
     arch, lora, tokenizer = setup.architecture, setup.architecture.lora, setup.tokenizer
     if arguments.merge and lora is None:
         raise UserError(f"--merge: {arguments.run} has no adapters; leave it out")
@@ -47,10 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {"files": files, "dtype": dtype}
     if adapters:
         base = str(setup.config.model.path)
-        huggingface.export_adapters(folder, params, arch, base=base, **options)
+        huggingface.export_adapters(
+            folder, params, arch, base=base, revision=setup.config.model.revision, **options
+        )
         written = trained(params)
     else:
-        written = params if lora is None else merge_adapters(params, lora)
+        written = params if lora is None else merge_adapters(params, lora, dtype)
         arch = dataclasses.replace(arch, lora=None)
         huggingface.export(folder, written, arch, config=setup.checkpoint_config, **options)
     figures = {

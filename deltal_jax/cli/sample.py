@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltal_jax.cli.options import add_base, check_seed, moved_base
 from deltal_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object (a turn), nothing else"
     )
+    add_base(parser)
     text = parser.add_argument_group("text from a checkpoint folder")
     text.add_argument(
         "--model",
@@ -106,11 +108,12 @@ def _ask_run(arguments: argparse.Namespace) -> int:
     """One problem of a trained run."""
     import jax
 
+    from deltal_jax.rollout.text import Response
     from deltal_jax.training.setup import encode_problems, make_engine
-    from deltal_jax.training.trained import check_seed, load_trained
+    from deltal_jax.training.trained import load_trained
 
     check_seed(arguments.seed)
-    trained = load_trained(Path(arguments.run), {})
+    trained = load_trained(Path(arguments.run), moved_base(arguments.base))
     setup, config = trained.setup, trained.setup.config
     if arguments.problem is None:
         problem = setup.task.held_out(arguments.seed % 512 + 1)[-1]
@@ -123,29 +126,24 @@ def _ask_run(arguments: argparse.Namespace) -> int:
     prompts = encode_problems(setup, [problem])
     if not arguments.json:
         print(problem.prompt, end="", flush=True)
-    ids: list[int] = []
-
-    def response() -> Iterator[int]:
-        for token in engine.stream(trained.params, prompts, jax.random.key(arguments.seed)):
-            if token in setup.tokenizer.eos_ids:
-                return
-            ids.append(token)
-            yield token
-
-    text = ""
-    for part in setup.tokenizer.stream(response()):
-        if not arguments.json:
-            print((" " if not text else "") + part, end="", flush=True)
-        text += part
-    truncated = len(ids) == config.rollout.max_response_length
+    tokens = engine.stream(trained.params, prompts, jax.random.key(arguments.seed))
+    response, text = Response(tokens, setup.tokenizer), ""
+    with _interruptible(response):
+        for part in response:
+            if not arguments.json:
+                print((" " if not text else "") + part, end="", flush=True)
+            text += part
+    if response.finish == "interrupted":
+        raise KeyboardInterrupt
+    truncated = response.finish == "length"
     verdict = setup.task.verify(text, problem.answer)
     if arguments.json:
         found = {"prompt": problem.prompt, "response": text, "reward": verdict.reward}
         judged = {"correct": verdict.correct, "reason": verdict.reason, "truncated": truncated}
-        print(json.dumps(found | judged | {"tokens": len(ids)}, ensure_ascii=False))
+        print(json.dumps(found | judged | {"tokens": response.count}, ensure_ascii=False))
     else:
         end = ", cut off at the length limit" if truncated else ""
-        print(f"\n→ {verdict.reason} ({len(ids)} tokens{end})")
+        print(f"\n→ {verdict.reason} ({response.count} tokens{end})")
         sys.stdout.flush()
     return 0
 
@@ -156,7 +154,6 @@ def _ask_model(arguments: argparse.Namespace) -> int:
     from deltal_jax.data.conversation import Conversation
     from deltal_jax.model.hub import find_checkpoint
     from deltal_jax.rollout.text import Writer, open_checkpoint
-    from deltal_jax.training.trained import check_seed
 
     check_seed(arguments.seed)
     if arguments.temperature is not None:

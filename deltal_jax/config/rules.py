@@ -66,6 +66,8 @@ def _check_model(config: Config) -> None:
         raise UserError("model.revision: is that of a hub id; set model.path too")
     elif lora.rank:
         raise UserError("lora.rank: adapters need a trained model beside them; set model.path")
+    if len(set(lora.targets)) < len(lora.targets):
+        raise UserError("lora.targets: names a matrix twice")
     if lora.rank and config.model.param_dtype != "float32":
         raise UserError("model.param_dtype: adapters are trained in float32; leave it out")
     kv_heads = model.heads if model.kv_heads is None else model.kv_heads

@@ -43,6 +43,14 @@ def encode_chat(
     return tokenizer.encode(text)
 
 
+def turn_end(tokenizer: Tokenizer) -> int:
+    """The EOS id with which the template ends a turn of the model; the tokenizer's own where it
+    writes none."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = encode_chat(tokenizer, messages, add_generation_prompt=False)
+    return next((i for i in reversed(ids) if i in tokenizer.eos_ids), tokenizer.eos_ids[0])
+
+
 def render_chat(
     template: str,
     messages: Sequence[Message],

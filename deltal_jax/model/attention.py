@@ -4,6 +4,7 @@ A window is the number of tokens that a token of a local layer sees, itself incl
 whether this layer is one, known beforehand or traced in a scan over layers.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -24,6 +25,17 @@ WHOLE_ROW = 1024
 QUERY_BLOCK = 256
 
 
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Slower rotations for longer contexts: all by `factor` (linear) or, where the other fields are
+    given, only the slow ones (llama3)."""
+
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_length: int | None = None
+
+
 def rope(
     x: Float[Array, "N T H d"], positions: Int[Array, "N T"], frequencies: Float[Array, " half"]
 ) -> Float[Array, "N T H d"]:
@@ -37,6 +49,20 @@ def rope(
     low, high = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
     turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+def scaled(frequencies: Float[Array, " half"], scaling: RopeScaling | None) -> Array:
+    """Linear scaling, or llama3's: slow rotations by the factor, fast ones not, between them a
+    blend."""
+    if scaling is None:
+        return frequencies
+    slowed = frequencies / scaling.factor
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if low is None or high is None or scaling.original_length is None:
+        return slowed
+    turns = frequencies * scaling.original_length / (2 * jnp.pi)
+    smooth = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return smooth * frequencies + (1.0 - smooth) * slowed
 
 
 def attend_rows(

@@ -5,11 +5,13 @@ keys, rotary scaling, sliding windows, scales. Names and shapes on disk are in `
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 from deltal_jax.errors import UserError
-from deltal_jax.model.transformer import Architecture, RopeScaling
+from deltal_jax.model.attention import RopeScaling
+from deltal_jax.model.transformer import Architecture
 
 Config = dict[str, Any]
 
@@ -24,6 +26,7 @@ def architecture_of(config: Config) -> Architecture:
     quantised weights, an activation or a rope type that the decoder does not have, and for a config
     that lacks a field.
     """
+    _check_types(config)
     names = config.get("architectures") or ["none"]
     family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     if family is None:
@@ -39,9 +42,75 @@ def architecture_of(config: Config) -> Architecture:
             f"{', '.join(FAMILIES)}"
         )
     try:
-        return family(config)
+        arch = family(config)
     except KeyError as error:
         raise UserError(f"model.path: config.json has no field {error}") from None
+    if arch.heads % arch.kv_heads:
+        raise UserError(
+            f"model.path: config.json: num_key_value_heads {arch.kv_heads} does not divide "
+            f"num_attention_heads {arch.heads}"
+        )
+    if arch.head_dim % 2:
+        raise UserError(f"model.path: config.json: head_dim {arch.head_dim} is not even")
+    return arch
+
+
+#: Fields of config.json by what they must be, where they are there.
+COUNTS = (
+    *("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "intermediate_size", "sliding_window", "max_position_embeddings"),
+    *("sliding_window_pattern", "_sliding_window_pattern", "original_max_position_embeddings"),
+)
+NUMBERS = (
+    *("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
+    *("rope_local_base_freq", "query_pre_attn_scalar"),
+)
+FLAGS = (
+    *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+    *("use_bidirectional_attention",),
+)
+#: Fields that may be null, which is as if they were not there.
+OPTIONAL = (
+    *("head_dim", "num_key_value_heads", "sliding_window", "max_position_embeddings"),
+    *("use_bidirectional_attention", "sliding_window_pattern", "_sliding_window_pattern"),
+)
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def _check_types(config: Config, prefix: str = "") -> None:
+    """Raises UserError, naming it, for a field of another type than it must have."""
+
+    def refuse(name: str, wanted: str, found: Any) -> None:
+        raise UserError(f"model.path: config.json: {prefix}{name} must be {wanted}, got {found!r}")
+
+    for name, found in config.items():
+        if found is None and name in OPTIONAL:
+            continue
+        if name in COUNTS and not _is_positive(found, int):
+            refuse(name, "a whole number of at least 1", found)
+        if name in NUMBERS and not _is_positive(found, int | float):
+            refuse(name, "a number above 0", found)
+        if name in FLAGS and type(found) is not bool:
+            refuse(name, "true or false", found)
+        # Gemma's rope_parameters have an object for each type of layer.
+        ropes = LAYER_TYPES if prefix else ("rope_parameters", "rope_scaling")
+        if name in ropes and isinstance(found, dict):
+            _check_types(found, f"{prefix}{name}.")
+        elif name in ropes and (found is not None or prefix):
+            refuse(name, "an object", found)
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        refuse("architectures", "a list of names", names)
+    kinds = config.get("layer_types")
+    if kinds is None or prefix:
+        return
+    known = isinstance(kinds, list) and all(kind in LAYER_TYPES for kind in kinds)
+    if not known or len(kinds) != config.get("num_hidden_layers"):
+        refuse("layer_types", f"a list of {' or '.join(LAYER_TYPES)}, one a layer", kinds)
+
+
+def _is_positive(found: Any, kind: Any) -> bool:
+    return isinstance(found, kind) and not isinstance(found, bool) and 0 < found < math.inf
 
 
 def _common(config: Config) -> dict[str, Any]:
@@ -61,7 +130,7 @@ def _common(config: Config) -> dict[str, Any]:
 
 def _activation(config: Config) -> str:
     name = config.get("hidden_activation") or config.get("hidden_act") or "silu"
-    if name not in ACTIVATION_NAMES:
+    if not isinstance(name, str) or name not in ACTIVATION_NAMES:
         raise UserError(
             f"model.path: activation {name!r} is not supported; supported are "
             f"{', '.join(ACTIVATION_NAMES)}"

@@ -16,12 +16,14 @@ def find_checkpoint(path: str, revision: str | None = None) -> Path:
     HF_HOME moves the cache and HF_HUB_OFFLINE=1 forbids to fetch. Raises UserError where there is
     neither a folder nor a repository.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(path).expanduser()
+        found = folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a NUL
+        raise UserError(f"model.path: {path[:60]!r} cannot be a folder: {error}") from error
+    if found:
         if revision is not None:
-            raise UserError(
-                f"model.revision: {path} is a folder, which has no revisions; leave out"
-            )
+            raise UserError(f"model.revision: {path} is a folder, which has none; set it to null")
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise UserError(f"model.path: no folder {path}, and it is no hub id (organization/name)")
@@ -38,3 +40,11 @@ def find_checkpoint(path: str, revision: str | None = None) -> Path:
         raise UserError(
             f"model.path: no folder {path}, and the hub does not give it: {reason}"
         ) from error
+
+
+def pinned(path: str, revision: str | None) -> tuple[str, str | None]:
+    """The same path and revision so that they mean the same for ever: the absolute path of a
+    folder, or the commit that a hub's branch or tag is at now."""
+    folder = find_checkpoint(path, revision)
+    local = Path(path).expanduser().is_dir()
+    return (str(folder.absolute()), None) if local else (path, folder.name)

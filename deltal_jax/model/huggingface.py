@@ -31,6 +31,7 @@ from deltal_jax.model.transformer import Architecture, abstract_params
 from deltal_jax.parallel.sharding import parameter_shardings
 
 CONFIG = "config.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 #: Tensors that some exporters write although they are computed: rotary tables.
 COMPUTED = re.compile(r"\.rotary_emb\.")
 SHARD_BYTES = 5 * 10**9
@@ -74,10 +75,10 @@ def load_params(
 
     Raises one UserError that lists all missing, extra and misshapen tensors.
     """
-    files = TensorFiles(folder)
+    files = check_tensors(folder, arch)
+    _check_tied(files, arch)
     abstract = abstract_params(arch)
     names = tensor_names(arch)
-    _check(folder, files.shapes(), abstract, names, arch)
     if mesh is None:
         device = SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: device, abstract)
@@ -234,11 +235,13 @@ def export_adapters(
     arch: Architecture,
     *,
     base: str,
+    revision: str | None = None,
     files: dict[str, bytes] | None = None,
     dtype: Any = jnp.float32,
 ) -> None:
     """A new folder in the format of PEFT, as a whole or not at all: the adapters, their config and
-    other `files`. `base` says which checkpoint they belong to, as `model.path` does.
+    other `files`. `base` and `revision` say which checkpoint they belong to, as `model.path` and
+    `model.revision` do.
 
     Raises UserError where the folder exists.
     """
@@ -257,6 +260,7 @@ def export_adapters(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": 0.0,
@@ -277,8 +281,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises UserError where `folder` exists or cannot be made.
     """
-    if folder.exists():
-        raise UserError(f"--to: {folder} exists; name a new folder")
+    check_new(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -291,27 +294,37 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_new(folder: Path) -> None:
+    """Raises UserError where an export cannot take this name."""
+    try:
+        exists = folder.exists()
+    except OSError as error:
+        raise UserError(f"--to: {error.strerror}; name another folder") from error
+    if exists:
+        raise UserError(f"--to: {folder} exists; name a new folder")
+
+
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")
 
 
-def _check(
-    folder: Path,
-    found: dict[str, tuple[int, ...]],
-    abstract: Any,
-    names: dict[str, TensorName],
-    arch: Architecture,
-) -> None:
-    wanted = {}
-    for path, shape in jax.tree.leaves_with_path(abstract):
+def check_tensors(folder: Path, arch: Architecture) -> TensorFiles:
+    """The tensors of a folder, of which only names, shapes and types are read.
+
+    Raises one UserError that lists all missing, extra and misshapen ones.
+    """
+    files = TensorFiles(folder)
+    found, wanted = files.shapes(), {}
+    names = tensor_names(arch)
+    for path, shape in jax.tree.leaves_with_path(abstract_params(arch)):
         tensor, stacked = names[_name(path)], _name(path).startswith("blocks/")
         own = shape.shape[1:] if stacked else shape.shape
         for layer in range(arch.layers if stacked else 1):
             wanted[tensor.name.format(layer=layer)] = own[::-1] if tensor.transposed else own
     extra = {name for name in set(found) - set(wanted) if not COMPUTED.search(name)}
-    if arch.tied_embeddings:
-        extra.discard("lm_head.weight")  # some exporters write the embedding twice
+    if arch.tied_embeddings and found.get(HEAD) == wanted[EMBEDDING]:
+        extra.discard(HEAD)  # some exporters write the embedding twice
     problems = [f"missing {name} {wanted[name]}" for name in sorted(set(wanted) - set(found))]
     problems += [f"unknown {name} {found[name]}" for name in sorted(extra)]
     problems += [
@@ -321,6 +334,28 @@ def _check(
     ]
     if problems:
         raise UserError(f"model.path: {folder} does not fit its config: {'; '.join(problems)}")
+    for name in wanted:
+        files.dtype(name)
+    return files
+
+
+def _check_tied(files: TensorFiles, arch: Architecture) -> None:
+    """Raises UserError where embedding and head are said to be one and are not."""
+    if not arch.tied_embeddings or HEAD not in files.shapes():
+        return
+    rows, width = files.shapes()[HEAD]
+    step = max(1, AHEAD_BYTES // (8 * width))
+    for first in range(0, rows, step):
+        index = (slice(first, min(first + step, rows)), slice(None))
+        shape = (index[0].stop - first, width)
+        head, embedding = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        files.read(HEAD, index, head)
+        files.read(EMBEDDING, index, embedding)
+        if not np.array_equal(head, embedding):
+            raise UserError(
+                f"model.path: {files.folder}: {HEAD} differs from {EMBEDDING}, which {CONFIG} ties "
+                "it to; set tie_word_embeddings to false there to use it"
+            )
 
 
 def _tensors(params: Any, arch: Architecture, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:

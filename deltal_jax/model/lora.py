@@ -70,18 +70,21 @@ def overlay(params: Any, part: Any) -> Any:
     return traverse_util.unflatten_dict(flat | _flat(part))
 
 
-def merge_adapters(params: Any, lora: LoRA) -> Any:
-    """The parameters of a model without adapters that computes the same: W + (α / r) A B, in
-    float32 and then in the type of the adapters."""
+def merge_adapters(params: Any, lora: LoRA, dtype: Any = jnp.float32) -> Any:
+    """The parameters of a model without adapters that computes the same: W + (α / r) A B, added in
+    float32, a layer at a time, and then of the type `dtype`."""
     flat = _flat(params)
-    merged = {path: x for path, x in flat.items() if "lora" not in path}
+    merged = {path: x.astype(dtype) for path, x in flat.items() if "lora" not in path}
+
+    def one(matrices: tuple[Array, Array, Array]) -> Array:
+        kernel, a, b = (x.astype(jnp.float32) for x in matrices)
+        product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        return (kernel + lora.scale * product).astype(dtype)
+
     for (*layer, _, name), a in flat.items():
         if name == "lora_a":
-            product = jnp.matmul(
-                a, flat[(*layer, "lora", "lora_b")], precision=jax.lax.Precision.HIGHEST
-            )
             kernel = (*layer, "kernel")
-            merged[kernel] = (flat[kernel].astype(a.dtype) + lora.scale * product).astype(a.dtype)
+            merged[kernel] = jax.lax.map(one, (flat[kernel], a, flat[(*layer, "lora", "lora_b")]))
     return traverse_util.unflatten_dict(merged)
 
 

@@ -19,9 +19,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from deltal_jax.model.attention import attend_cache, attend_rows, rope
+from deltal_jax.model.attention import RopeScaling, attend_cache, attend_rows, rope, scaled
 from deltal_jax.model.cache import Cache, LayerCache, init_cache, write_token
+from deltal_jax.model.kernels import Kernel
 from deltal_jax.model.lora import LoRA, LoRALinear
+from deltal_jax.model.precision import look_up, wide_product
 
 #: Whether a layer is a local one: known beforehand, or traced in a scan over layers.
 Local = bool | Bool[Array, ""]
@@ -34,17 +36,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 #: Up to this depth the scan over layers is unrolled: a quarter faster on CPU, and it still compiles
 #: soon.
 UNROLLED_LAYERS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Slower rotations for longer contexts: all by `factor` (linear) or, where the other fields are
-    given, only the slow ones (llama3)."""
-
-    factor: float
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_length: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +80,7 @@ class Architecture:
     #: Rotary base of the local layers; None: as the others.
     local_rope_theta: float | None = None
     #: The kernel of attention over whole rows: see `model.attention.attend_rows`.
-    attention: Literal["xla", "cudnn", "splash"] = "xla"
+    attention: Kernel = "xla"
 
 
 class RMSNorm(nnx.Module):
@@ -227,7 +218,6 @@ class Transformer(nnx.Module):
 
         init = nnx.initializers.normal(arch.d_model**-0.5 if arch.tied_embeddings else 1.0)
         self.embed = nnx.Embed(arch.vocab, arch.d_model, embedding_init=init, rngs=rngs)
-        self.embed.dtype = None  # looked up as it is, cast afterwards: gradients add in its type
         self.blocks = stack(rngs)
         self.norm = RMSNorm(arch.d_model, arch, rngs)
         if not arch.tied_embeddings:
@@ -276,7 +266,7 @@ class Transformer(nnx.Module):
 
     def embedded(self, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape D"]:
         """Embeddings, scaled as the family does."""
-        x = self.embed(tokens)
+        x = look_up(self.embed.embedding[...], tokens)
         x = x.astype(self.arch.compute_dtype or x.dtype)
         return (
             x if self.arch.embed_scale == 1.0 else x * jnp.asarray(self.arch.embed_scale, x.dtype)
@@ -349,49 +339,14 @@ def make_linear(arch: Architecture, name: str, size: int, to: int, **options: An
     return nnx.Linear(size, to, dtype=arch.compute_dtype, **options)
 
 
-@jax.custom_vjp
-def wide_product(x: Float[Array, "*shape D"], matrix: Float[Array, "D V"]) -> Array:
-    """x · matrix in float32 or better, without rounding to the type of the factors: bf16 logits
-    would be off by up to 0.06 at 20. The backward products stay in that type."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.matmul(x, matrix, preferred_element_type=wide)
-
-
-def _wide_forward(x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
-    return wide_product(x, matrix), (x, matrix)
-
-
-def _wide_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    return jax.vjp(jnp.matmul, *saved)[1](cotangent.astype(saved[0].dtype))
-
-
-wide_product.defvjp(_wide_forward, _wide_backward)
-
-
 def rope_frequencies(arch: Architecture, local: Local) -> Float[Array, " half"]:
     """Radians a position of each pair of a layer."""
     half = arch.head_dim // 2
     exponents = -jnp.arange(half, dtype=jnp.float32) / half
-    found = _scaled(arch.rope_theta**exponents, arch.rope_scaling)
+    found = scaled(arch.rope_theta**exponents, arch.rope_scaling)
     if arch.local_rope_theta is None or not any(arch.local_layers):
         return found
     return jnp.where(local, arch.local_rope_theta**exponents, found)
-
-
-def _scaled(
-    frequencies: Float[Array, " half"], scaling: RopeScaling | None
-) -> Float[Array, " half"]:
-    """Linear scaling, or llama3's: slow rotations by the factor, fast ones not, between them a
-    blend."""
-    if scaling is None:
-        return frequencies
-    slowed = frequencies / scaling.factor
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    if low is None or high is None or scaling.original_length is None:
-        return slowed
-    turns = frequencies * scaling.original_length / (2 * jnp.pi)
-    smooth = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return smooth * frequencies + (1.0 - smooth) * slowed
 
 
 def window_of(arch: Architecture) -> int | None:

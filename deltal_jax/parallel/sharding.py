@@ -1,7 +1,8 @@
 """Where arrays live on the mesh: two tables, from parameter paths to logical axes to mesh axes.
 
-Modules know no mesh. Everything here works on shapes too (`jax.ShapeDtypeStruct`), so that plans
-and restores need no arrays.
+Modules know no mesh, but for kernels that the compiler does not split (`model/kernels.py`).
+Everything here works on shapes too (`jax.ShapeDtypeStruct`), so that plans and restores need no
+arrays.
 """
 
 from collections.abc import Callable

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, UInt32
 
+from deltal_jax.model.precision import ROUND_ALIKE
 from deltal_jax.model.transformer import cast_weights, take_apart
 from deltal_jax.rollout.sampling import sample, stream_keys, uniforms
 from deltal_jax.rollout.schedule import RolloutStats, ideal_steps
@@ -56,15 +57,16 @@ class Engine:
         self.options = options
         self._graphdef = graphdef
         self._cast = jax.jit(functools.partial(cast_weights, graphdef))
-        self._run = jax.jit(functools.partial(run, graphdef, options), donate_argnums=4)
-        self._prefill = jax.jit(lambda params, tokens: nnx.merge(graphdef, params).prefill(tokens))
+        alike = functools.partial(jax.jit, compiler_options=ROUND_ALIKE)
+        self._run = alike(functools.partial(run, graphdef, options), donate_argnums=4)
+        self._prefill = alike(lambda params, tokens: nnx.merge(graphdef, params).prefill(tokens))
         self._resize = jax.jit(resize, static_argnums=1)
         self._empty = jax.jit(self._make_empty, static_argnums=(1, 2))
         self._apart = jax.jit(
             lambda blocks: take_apart(blocks, jax.tree.leaves(blocks)[0].shape[0])
         )
         self._draw = jax.jit(functools.partial(_draw_one, options))
-        self._decode = jax.jit(
+        self._decode = alike(
             lambda params, layers, tokens, positions, cache: nnx.merge(graphdef, params).decode(
                 tokens, positions, cache, layers
             ),

@@ -87,6 +87,8 @@ class Response:
             self.ids.append(token)
             if not self.ended:
                 yield token
+        # Of a response that was stopped the sampler still holds a cache and a copy of all layers.
+        self._tokens = iter(())
 
     @property
     def ended(self) -> bool:

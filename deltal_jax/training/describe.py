@@ -200,8 +200,11 @@ def _trained_count(arch: Architecture) -> int:
 def memory_estimate(config: Config, arch: Architecture) -> dict[str, int]:
     """Bytes that a step needs on its device, by part; an estimate from shapes and types."""
     model, own = config.model, _trained_count(arch)
-    frozen = (parameter_count(arch) - own) * BYTES["bfloat16"]
-    stored, computed = BYTES[model.param_dtype], BYTES[model.compute_dtype]
+    frozen = parameter_count(arch) - own
+    narrow, stored, computed = (
+        BYTES[name] for name in ("bfloat16", model.param_dtype, model.compute_dtype)
+    )
+    cast = own * (stored != computed) + frozen * (narrow != computed)
     time = config.rollout.max_prompt_length + config.rollout.max_response_length
     slots = max(config.rollout.slots, 1)
     cache = cache_bytes(arch.layers, slots, arch.kv_heads, time, arch.head_dim, computed)
@@ -210,12 +213,12 @@ def memory_estimate(config: Config, arch: Architecture) -> dict[str, int]:
         _activations(arch, bucket_rows(edge, budget), edge, computed) for edge in edges
     )
     parts = {
-        "parameters": own * stored + frozen,
+        "parameters": own * stored + frozen * narrow,
         "optimizer": 2 * own * BYTES[config.rl.optimizer.moment_dtype],
         "gradients": 2 * own * FLOAT_BYTES,
         "reference": own * stored if config.objective.kl_coefficient else 0,
         "activations": activations,
-        "sampling_weights": own * computed if computed < stored else 0,
+        "sampling_weights": cast * computed,
         "kv_cache": cache,
     }
     return parts | {"total": sum(parts.values())}

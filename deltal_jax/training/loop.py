@@ -40,6 +40,7 @@ from deltal_jax.training.setup import (
     make_engine,
     make_setup,
     make_update,
+    pin_checkpoint,
     save_model_files,
 )
 from deltal_jax.training.sft import demonstration_batches
@@ -161,7 +162,7 @@ def _create(
     """A new run: checked as a whole before its folder is made."""
     if experiment is None:
         raise UserError("config: name an experiment; `deltal configs` lists them")
-    config = load_config(experiment, overrides)
+    config = pin_checkpoint(load_config(experiment, overrides))
     _check_profile(profile, config)
     run_folder.check_run_folder(config)
     setup = make_setup(config)
@@ -180,9 +181,11 @@ def _reopen(
     """A run to go on with: checked before anything in its folder changes."""
     folder, config = run_folder.reopen_run_folder(name, overrides, overrides.get("run.dir"))
     _check_rewards(folder, rewards)
+    if config.lora.rank:
+        config = pin_checkpoint(config)
     saved = run_folder.model_files(folder)
     setup = make_setup(config, saved)
-    check_setup(setup)
+    check_setup(setup, weights=setup.architecture.lora is not None)
     if name is not None and (drift := run_folder.drifted_fields(name, config)):
         display.say(f"note: the run's own config holds, {name} differs in {', '.join(drift)}")
     run_folder.write_text(folder / run_folder.CONFIG, dump_config(config))

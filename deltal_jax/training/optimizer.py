@@ -10,6 +10,9 @@ from jaxtyping import Array, BFloat16, Float, Shaped
 
 from deltal_jax.config import OptimizerConfig
 
+#: Keeps the draws of rounding apart from those of sampling with the same root key.
+ROUNDING_STREAM = 0x726F756E
+
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by update number: linear warm-up (never 0), constant or cosine to `steps`."""

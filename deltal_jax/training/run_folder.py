@@ -24,6 +24,8 @@ CHANGEABLE = (
     "run.",
     "model.path",
     "model.revision",
+    "model.attention",
+    "model.remat",
     "rl.steps",
     "rl.tokens_per_microbatch",
     "rl.pack",

@@ -16,9 +16,10 @@ from deltal_jax.data.tokenizer import Tokenizer, read_tokenizer, train_word_toke
 from deltal_jax.errors import UserError
 from deltal_jax.model import huggingface
 from deltal_jax.model.families import architecture_of
-from deltal_jax.model.hub import find_checkpoint
-from deltal_jax.model.kernels import PACKS, Kernel, default_attention, refusal
+from deltal_jax.model.hub import find_checkpoint, pinned
+from deltal_jax.model.kernels import OWN, PACKS, Kernel, default_attention, refusal
 from deltal_jax.model.lora import LoRA, overlay, trained
+from deltal_jax.model.tensor_files import fingerprint
 from deltal_jax.model.transformer import (
     Architecture,
     abstract_params,
@@ -39,6 +40,11 @@ def _countdown(task: TaskConfig) -> Task:
     return CountDown(task.numbers, task.max_number, task.max_value)
 
 
+#: Beside a run's tokenizer, where it has adapters.
+BASE = "base.json"
+#: The field of config.json that says how many tokens a model was made for.
+CONTEXT = "max_position_embeddings"
+
 #: What `task.name` may name.
 TASKS: dict[str, Callable[[TaskConfig], Task]] = {"countdown": _countdown}
 
@@ -54,6 +60,19 @@ class Setup:
     graphdef: nnx.GraphDef
     #: `config.json` of the checkpoint that the model comes from; None: a new model.
     checkpoint_config: dict[str, Any] | None
+    #: Of the weights beside the adapters of a run that is reopened: see `tensor_files.fingerprint`.
+    base_fingerprint: dict[str, str] | None = None
+
+
+def pin_checkpoint(config: Config) -> Config:
+    """The config with `model.path` and `model.revision` such that they mean the same for ever."""
+    model = config.model
+    if model.path is None:
+        return config
+    path, revision = pinned(model.path, model.revision)
+    return dataclasses.replace(
+        config, model=dataclasses.replace(model, path=path, revision=revision)
+    )
 
 
 def make_setup(config: Config, saved: Path | None = None) -> Setup:
@@ -71,16 +90,21 @@ def make_setup(config: Config, saved: Path | None = None) -> Setup:
         tokenizer = read_tokenizer(folder)
     architecture = make_architecture(config, tokenizer.vocab_size, checkpoint_config)
     graphdef = make_graphdef(architecture)
-    return Setup(config, task, tokenizer, architecture, graphdef, checkpoint_config)
+    kept = None
+    if saved is not None and architecture.lora is not None:
+        kept = json.loads((saved / BASE).read_text(encoding="utf-8"))
+    return Setup(config, task, tokenizer, architecture, graphdef, checkpoint_config, kept)
 
 
 def save_model_files(setup: Setup, folder: Path) -> None:
     """Write what `make_setup` reads, so that a run depends on no other folder: the tokenizer's
-    files and `config.json`."""
+    files, `config.json`, and of a model beside adapters the fingerprint."""
     files = setup.tokenizer.files()
     if setup.checkpoint_config is not None:
         text = json.dumps(setup.checkpoint_config, indent=2, ensure_ascii=False) + "\n"
         files[huggingface.CONFIG] = text.encode()
+    if setup.architecture.lora is not None:
+        files[BASE] = (json.dumps(fingerprint(find_base(setup)), indent=2) + "\n").encode()
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     partial.mkdir()
     for name, content in files.items():
@@ -88,13 +112,21 @@ def save_model_files(setup: Setup, folder: Path) -> None:
     partial.rename(folder)
 
 
-def check_setup(setup: Setup) -> None:
-    """Raises UserError for what only the parts can tell: no held-out problem, too long a prompt, an
-    option that the surrogate does not take, another model beside the adapters."""
+def check_setup(setup: Setup, *, weights: bool = True) -> None:
+    """Raises UserError for what only the parts can tell: no held-out problem, too long a prompt or
+    response, an option that the surrogate does not take, weights that do not fit."""
     config = setup.config
     make_loss(config)
-    if setup.architecture.lora is not None:
-        find_base(setup)
+    if config.model.path is not None and weights:
+        base = dataclasses.replace(setup.architecture, lora=None)
+        huggingface.check_tensors(find_base(setup), base)
+    rollout, context = config.rollout, (setup.checkpoint_config or {}).get(CONTEXT)
+    longest = rollout.max_prompt_length + rollout.max_response_length
+    if context is not None and longest > context:
+        raise UserError(
+            f"rollout.max_response_length: with the prompt up to {longest} tokens, and the model "
+            f"was made for {context} ({CONTEXT})"
+        )
     problems = [*setup.task.held_out(config.evaluate.problems), setup.task.problem(config.seed, 0)]
     encode_problems(setup, problems)
 
@@ -154,6 +186,12 @@ def _kernel(config: Config, head_dim: int) -> Kernel:
     wanted, dtype, packed = config.model.attention, config.model.compute_dtype, config.rl.pack
     if wanted == "auto":
         return default_attention(jax.default_backend(), dtype, head_dim, packed)
+    if wanted != "xla" and OWN.get(jax.default_backend()) != wanted:
+        platform = next(name for name, own in OWN.items() if own == wanted).upper()
+        here = jax.default_backend()
+        raise UserError(
+            f"model.attention: {wanted} needs a {platform}, and JAX runs on {here} here"
+        )
     if said := refusal(wanted, dtype, head_dim):
         raise UserError(f"model.attention: {said}; set it to auto or xla")
     if packed and wanted not in PACKS:
@@ -187,13 +225,15 @@ def load_checkpoint(setup: Setup) -> Any:
 def find_base(setup: Setup) -> Path:
     """The folder of `model.path`.
 
-    Raises UserError where that is another model by now than the run was started from.
+    Raises UserError where that holds another model by now than the run was started from.
     """
     model = setup.config.model
     assert model.path is not None
     folder = find_checkpoint(model.path, model.revision)
     if huggingface.read_config(folder) != setup.checkpoint_config:
         raise UserError(f"model.path: {folder} has another {huggingface.CONFIG} than the run")
+    if setup.base_fingerprint not in (None, fingerprint(folder)):
+        raise UserError(f"model.path: {folder} has other weights than the run was started from")
     return folder
 
 

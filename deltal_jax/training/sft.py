@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from deltal_jax.config import Config
+from deltal_jax.data.chat import turn_end
 from deltal_jax.data.prompts import prompt_ids
 from deltal_jax.data.tokenizer import Tokenizer
 from deltal_jax.errors import UserError
@@ -26,11 +27,13 @@ def demonstration_batches(config: Config, task: Task, tokenizer: Tokenizer) -> I
     over its response tokens. Rows longer than the last bucket are left out.
     """
     edges, budget = config.bucket_edges, config.sft.tokens_per_batch
+    chat = config.data.chat_template
+    end = turn_end(tokenizer) if chat else tokenizer.eos_ids[0]
     waiting: dict[int, list[Row]] = {edge: [] for edge in edges}
     skipped = 0
     for prompt, response in task.demonstrations(config.seed):
-        head = prompt_ids(prompt, tokenizer, chat=config.data.chat_template)
-        ids = [*head, *tokenizer.encode(response), tokenizer.eos_ids[0]]
+        head = prompt_ids(prompt, tokenizer, chat=chat)
+        ids = [*head, *tokenizer.encode(response), end]
         at = bisect.bisect_left(edges, len(ids))
         if at == len(edges):
             skipped += 1

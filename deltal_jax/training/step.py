@@ -22,12 +22,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from deltal_jax.model.lora import overlay, trained
+from deltal_jax.model.precision import ROUND_ALIKE
 from deltal_jax.objective.aggregation import policy_gradient_loss
 from deltal_jax.objective.divergence import kl_k3
 from deltal_jax.objective.logprobs import chunked_logprobs
 from deltal_jax.objective.surrogate import reinforce
 from deltal_jax.parallel.sharding import row_shards, shard_bucket, state_shardings
-from deltal_jax.training.optimizer import round_like, widen
+from deltal_jax.training.optimizer import ROUNDING_STREAM, round_like, widen
 from deltal_jax.types import Bucket, TrainState
 
 #: Per-token losses from (logprobs, advantages of the tokens' responses, bucket).
@@ -159,7 +160,7 @@ class Update:
 
     def _jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """Compiled where the mesh is known to the kernels of attention, which split by it."""
-        compiled = jax.jit(function, **options)
+        compiled = jax.jit(function, compiler_options=ROUND_ALIKE, **options)
         if self.mesh is None:
             return compiled
 
@@ -228,7 +229,8 @@ class Update:
         kept = jax.tree.map(
             lambda n, o: jnp.where(jnp.isfinite(norm), n, o), new, (params, opt_state)
         )
-        part, opt_state = round_like(kept, stored, jax.random.fold_in(state.key, state.updates))
+        draws = jax.random.fold_in(jax.random.fold_in(state.key, ROUNDING_STREAM), state.updates)
+        part, opt_state = round_like(kept, stored, draws)
         norms = {"optim/grad_norm": norm, "optim/update_norm": optax.tree.norm(updates)}
         return dataclasses.replace(
             state,

@@ -61,12 +61,6 @@ def restore_state(
     return dataclasses.replace(state, params=overlay(load_checkpoint(setup), state.params))
 
 
-def check_seed(seed: int) -> None:
-    """Raises UserError for a seed that a random key does not take."""
-    if not 0 <= seed < 2**31:
-        raise UserError(f"--seed: must be in 0 … 2147483647, got {seed}")
-
-
 def like_saved(setup: Setup, phase: str) -> TrainState:
     """Shapes and types of the state that a phase saves, of whose parameters only the trained."""
     config = setup.config
