@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deltal_jax.errors import UserError
+from deltal_jax.model.cache import init_cache
 from deltal_jax.objective.logprobs import token_logprobs
 from deltal_jax.rollout import engine as module
 from deltal_jax.rollout.engine import Engine, SamplingOptions
@@ -195,6 +197,51 @@ def test_logprobs_are_of_the_distribution_that_was_drawn_from(knobs):
         every = np.take_along_axis(np.asarray(jax.nn.log_softmax(of)), targets, axis=-1)[..., 0]
         np.testing.assert_allclose(found[:, 1:][mask], every[mask], atol=2e-5)
     assert (rollout.logprobs[:, 1:][mask] > rollout.raw_logprobs[:, 1:][mask]).mean() > 0.5
+
+
+REFUSALS = {
+    "no slot": ({"slots": 0}, {}, "rollout.slots: needs at least one"),
+    "no length": (
+        {"max_response_length": 0},
+        {},
+        "rollout.max_response_length: must be at least 1",
+    ),
+    "unknown end": ({"eos_ids": (2, 23)}, {}, "eos_ids: 23 is no id of a vocabulary of 23"),
+    "empty prompt": ({}, {"lengths": [2, 0, 3]}, "prompts: number 1 is empty"),
+    "long prompt": (
+        {},
+        {"lengths": [2, 9, 3]},
+        "rollout.max_prompt_length: 6, but a prompt takes 9",
+    ),
+    "no prompt": (
+        {},
+        {"tokens": np.zeros((0, 6), np.int32), "lengths": []},
+        "prompts: there is none",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "prompts", "said"), REFUSALS.values(), ids=REFUSALS)
+def test_what_cannot_be_sampled_is_refused_before_anything_compiles(options, prompts, said):
+    graphdef, params = fakes.model(fakes.PLAIN)
+    given = {k: np.asarray(v, np.int32) for k, v in prompts.items()}
+    engine = Engine(graphdef, dataclasses.replace(OPTIONS, **options))
+    with pytest.raises(UserError) as caught:
+        engine.generate(params, dataclasses.replace(fakes.prompts(3), **given), KEY, samples=1)
+    assert str(caught.value).startswith(said)
+
+
+def test_slots_whose_cache_does_not_fit_are_refused_with_how_many_would(monkeypatch):
+    graphdef, params = fakes.model(fakes.PLAIN)
+    arch = fakes.PLAIN
+    one = 2 * 4 * arch.layers * arch.kv_heads * arch.head_dim * (6 + OPTIONS.max_response_length)
+    assert (
+        sum(x.nbytes for x in jax.tree.leaves(init_cache(2, 1, 2, 18, 8, jnp.dtype("float32"))))
+        == one
+    )
+    monkeypatch.setattr(module, "free_memory", lambda: 3 * one + 1)
+    with pytest.raises(UserError, match=r"rollout\.slots: the cache of 4 slots .* 3 slots would"):
+        Engine(graphdef, OPTIONS).generate(params, fakes.prompts(3), KEY, samples=1)
 
 
 def test_streaming_gives_the_tokens_of_generate(sampled):

@@ -159,7 +159,8 @@ def test_metric_lines_have_the_standard_names(learned):
         mismatch/logprob_diff_max mismatch/kl optim/lr optim/grad_norm optim/update_norm
         aggregation/weight_min aggregation/weight_max aggregation/ess aggregation/bias_factor
         aggregation/predicted_cv time/rollout time/reward time/old_logprob time/update
-        time/checkpoint throughput/tokens_per_s throughput/padding_frac rollout/utilization"""
+        time/checkpoint throughput/tokens_per_s throughput/padding_frac rollout/utilization
+        rollout/utilization_queued rollout/utilization_ideal"""
     last = next(x for x in reversed(lines) if x["phase"] == "rl")
     assert set(names.split()) <= set(last)
     evaluation = lines[-1]

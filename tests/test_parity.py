@@ -253,7 +253,7 @@ def test_64_greedy_tokens_of_prompts_of_three_lengths_are_theirs(case):
         )
     want = generated.numpy()[:, 12:]
     assert want.shape == (3, 64)
-    options = SamplingOptions(slots=2, max_response_length=64, eos_ids=(-1,), temperature=0.0)
+    options = SamplingOptions(slots=2, max_response_length=64, eos_ids=(), temperature=0.0)
     given = Prompts(tokens=prompts, lengths=lengths, positions=np.arange(3, dtype=np.int32))
     engine = Engine(make_graphdef(case.arch), options)
     key = jax.random.key(0, impl="threefry2x32")

@@ -53,6 +53,12 @@ def check(config: Config) -> None:
             "rl.samples_per_prompt: a group of 1 has no spread, so every advantage would be 0; "
             "use at least 2, or objective.advantage=batch_standardize"
         )
+    filtered = rollout.top_k is not None or rollout.top_p < 1.0 or rollout.min_p > 0.0
+    if filtered and config.objective.old_logprobs == "sampler":
+        raise UserError(
+            "objective.old_logprobs: with rollout.top_k, top_p or min_p the sampler's are of fewer "
+            "tokens than the trained policy has; set it to recompute"
+        )
     _check_objective(config.objective)
 
 

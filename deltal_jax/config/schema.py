@@ -131,6 +131,13 @@ class RolloutConfig:
     max_prompt_length: int = _field(8, "longest prompt in tokens, BOS included", low=1)
     max_response_length: int = _field(192, "longest response in tokens, EOS included", low=1)
     temperature: float = _field(1.0, "sampling temperature of training", low=0.01)
+    top_k: int | None = _field(None, "sample among so many best tokens; null: all", low=1)
+    top_p: float = _field(
+        1.0, "sample among the best tokens that have this probability", low=1e-6, high=1.0
+    )
+    min_p: float = _field(
+        0.0, "sample among tokens of this part of the best one's probability", low=0.0, high=1.0
+    )
 
 
 @dataclasses.dataclass(frozen=True)

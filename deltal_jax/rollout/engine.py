@@ -19,8 +19,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, UInt32
 
+from deltal_jax.errors import UserError
+from deltal_jax.model.cache import cache_bytes
 from deltal_jax.model.precision import ROUND_ALIKE
-from deltal_jax.model.transformer import cast_weights, take_apart
+from deltal_jax.model.transformer import Architecture, cast_weights, take_apart
 from deltal_jax.rollout.sampling import sample, stream_keys, uniforms
 from deltal_jax.rollout.schedule import RolloutStats, ideal_steps
 from deltal_jax.rollout.slots import (
@@ -44,6 +46,49 @@ NARROWEST_PROMPT = 32
 POOL_PAIRS = 4
 #: Prompt tokens that are prefilled at once.
 PREFILL_TOKENS = 8192
+
+
+def check_request(
+    options: SamplingOptions, arch: Architecture, prompts: Prompts, samples: int
+) -> None:
+    """Raises UserError, naming the field, for what cannot be sampled."""
+    if options.slots < 1 or samples < 1:
+        raise UserError("rollout.slots: needs at least one slot and one sample a prompt")
+    if options.max_response_length < 1:
+        raise UserError(
+            f"rollout.max_response_length: must be at least 1, got {options.max_response_length}"
+        )
+    unknown = [i for i in options.eos_ids if not 0 <= i < arch.vocab]
+    if unknown:
+        raise UserError(f"eos_ids: {unknown[0]} is no id of a vocabulary of {arch.vocab}")
+    lengths, width = np.asarray(prompts.lengths), prompts.tokens.shape[1]
+    if len(lengths) == 0 or lengths.min() < 1:
+        which = "there is none" if len(lengths) == 0 else f"number {int(lengths.argmin())} is empty"
+        raise UserError(f"prompts: {which}; a response needs a token to begin from")
+    if lengths.max() > width:
+        raise UserError(f"rollout.max_prompt_length: {width}, but a prompt takes {lengths.max()}")
+
+
+def check_memory(options: SamplingOptions, arch: Architecture, prompt_width: int) -> None:
+    """Raises UserError where the widest cache would take more than the device has free."""
+    free = free_memory()
+    itemsize = jnp.dtype(arch.compute_dtype or "float32").itemsize
+    time = prompt_width + options.max_response_length
+    one = cache_bytes(arch.layers, 1, arch.kv_heads, time, arch.head_dim, itemsize)
+    if free is not None and one * options.slots > free:
+        raise UserError(
+            f"rollout.slots: the cache of {options.slots} slots of {time} tokens takes "
+            f"{one * options.slots / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
+            f"{max(free // one, 0)} slots would fit"
+        )
+
+
+def free_memory() -> int | None:
+    """Bytes that the default device has free; None where it does not say, as CPUs."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
 
 
 class Engine:
@@ -88,8 +133,13 @@ class Engine:
     ) -> tuple[Rollout, RolloutStats]:
         """`samples` responses to each prompt, in prompt order: row p·samples + s.
 
-        Arrays of the returned rollout are in host memory.
+        Arrays of the returned rollout are in host memory. Raises UserError, before anything is
+        compiled, for an empty or too long prompt, an unknown stop id, or slots whose cache would
+        not fit into the device's memory.
         """
+        arch = nnx.merge(self._graphdef, params).arch
+        check_request(self.options, arch, prompts, samples)
+        check_memory(self.options, arch, prompts.tokens.shape[1])
         counters = jnp.asarray(step), jnp.asarray(round_)
         keys = stream_keys(key, *counters, jnp.asarray(prompts.positions), samples)
         params = self._cast(params)

@@ -221,7 +221,7 @@ def _record(
     )
     rows = jnp.where(slots.live, slots.row, slots.tokens.shape[0])  # out of range: dropped
     at = (rows, slots.count)
-    is_end = jnp.isin(drawn, jnp.asarray(options.eos_ids))
+    is_end = jnp.isin(drawn, jnp.asarray(options.eos_ids, jnp.int32))
     count = jnp.where(slots.live, slots.count + 1, slots.count)
     raw = slots.raw_logprobs
     if raw is not None:

@@ -54,6 +54,8 @@ def collect(
         **reward_metrics(grades, np.asarray(rollout.group_ids)),
         **length_metrics(rollout.response_lengths, rollout.truncated, grades.correct),
         "rollout/utilization": stats.utilization,
+        "rollout/utilization_queued": stats.utilization_queued,
+        "rollout/utilization_ideal": stats.ideal_utilization,
         "time/rollout": sampled - started,
         "time/reward": graded - sampled,
     }

@@ -281,7 +281,7 @@ def _warm_up(run: _Run, update: Update, state: TrainState, done: int) -> TrainSt
 def _reinforce(run: _Run, update: Update, evaluator: Engine, state: TrainState, done: int) -> int:
     """RL steps done+1 … rl.steps, with evaluations and checkpoints; returns the last step."""
     config = run.setup.config
-    engine = make_engine(run.setup, temperature=config.rollout.temperature)
+    engine = make_engine(run.setup, temperature=config.rollout.temperature, training=True)
     run.display.start("RL", done, config.rl.steps)
     accuracy, saving = float("nan"), 0.0
     for step in range(done + 1, config.rl.steps + 1):

@@ -256,13 +256,18 @@ def make_update(setup: Setup, phase: str) -> Update:
     return Update(setup.graphdef, optimizer, terms, moment_dtype=options.moment_dtype)
 
 
-def make_engine(setup: Setup, *, temperature: float, slots: int | None = None) -> Engine:
-    """A sampler for this model."""
+def make_engine(
+    setup: Setup, *, temperature: float, slots: int | None = None, training: bool = False
+) -> Engine:
+    """A sampler for this model; `training` takes the config's top-k, top-p and min-p too."""
     rollout = setup.config.rollout
     options = SamplingOptions(
         slots=slots or rollout.slots,
         max_response_length=rollout.max_response_length,
         eos_ids=setup.tokenizer.eos_ids,
         temperature=temperature,
+        top_k=rollout.top_k if training else None,
+        top_p=rollout.top_p if training else 1.0,
+        min_p=rollout.min_p if training else 0.0,
     )
     return Engine(setup.graphdef, options)
