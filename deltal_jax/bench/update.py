@@ -1,10 +1,6 @@
 """The policy update, against a peer's on the same batches, and against its own limits."""
 
-import json
 import statistics
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,8 +10,8 @@ import optax
 
 from deltal_jax.bench import workload
 from deltal_jax.bench.measure import Timing, in_turn, ratio
+from deltal_jax.bench.peer import Peer
 from deltal_jax.config import Config, RolloutConfig
-from deltal_jax.errors import UserError
 from deltal_jax.model.transformer import (
     Architecture,
     abstract_params,
@@ -47,12 +43,12 @@ def benchmark_update(rounds: int, peer: str | None) -> dict[str, Any]:
         for seed in seeds:
             side.step(seed)
     timings: dict[str, Timing] = {name: Timing() for name in ours}
-    theirs = _Peer(peer, seeds) if peer else None
+    theirs = Peer(peer, "tunix_update.py", "Tunix", seeds) if peer else None
     for seed in seeds:
         for name, side in ours.items():
             timings[name].call(lambda side=side, seed=seed: side.step(seed))
         if theirs is not None:
-            theirs.step(seed)
+            theirs.ask(seed)
     figures: dict[str, Any] = {name: timings[name].summary() for name in ours}
     tokens = [int(workload.batch_arrays(seed)["lengths"].sum()) for seed in seeds]
     for name, side in ours.items():
@@ -119,51 +115,6 @@ class _Side:
     def step(self, seed: int) -> Any:
         self.state, _ = self.update(self.state, self.buckets(seed))
         return self.state.params
-
-
-class _Peer:
-    """Tunix in a process of its own, asked for one update at a time."""
-
-    def __init__(self, python: str, seeds: list[int]):
-        script = Path(__file__).with_name("tunix_peer.py")
-        try:
-            # A pipe that nobody reads would fill up and stop it.
-            self.errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115
-            self.process = subprocess.Popen(
-                [python, str(script)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self.errors,
-                text=True,
-            )
-        except OSError as error:
-            raise UserError(f"--peer: cannot run {python}: {error.strerror}") from error
-        self.timing = Timing()
-        self._read()
-        for seed in seeds[:2]:  # compiles
-            self.step(seed)
-        self.timing = Timing()
-
-    def step(self, seed: int) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{seed}\n")
-        self.process.stdin.flush()
-        seconds = self._read()
-        self.timing.wall.append(seconds["wall"])
-        self.timing.cpu.append(seconds["cpu"])
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.errors.seek(0)
-            last = self.errors.read().strip().split("\n")[-1]
-            raise UserError(f"--peer: Tunix did not run: {last}")
-        return json.loads(line)
 
 
 def _against_matmul(tokens: list[int], timing: Timing) -> dict[str, float]:

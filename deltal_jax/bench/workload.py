@@ -27,6 +27,16 @@ SIZES: dict[str, Any] = dict(
     norm_epsilon=1e-6,
 )
 
+#: Any of these ends a response of the sampling load: an untrained model ends one in 64 tokens.
+ENDS = tuple(range(100, 132))
+
+
+def prompt_tokens(seed: int) -> np.ndarray:
+    """The prompts of the sampling load of a seed, Int[32 32]."""
+    prompts = np.random.default_rng(seed).integers(FIRST, SIZES["vocab"], (RESPONSES, PROMPT))
+    prompts[:, 0] = BOS
+    return prompts.astype(np.int32)
+
 
 def batch_arrays(seed: int) -> dict[str, np.ndarray]:
     """The batch of a seed: the fields of a `types.Rollout`, and `advantages`, Float[B]."""

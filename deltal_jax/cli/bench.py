@@ -11,15 +11,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument(
         "subject",
-        choices=("objective", "update", "model", "loading"),
+        choices=("objective", "update", "rollout", "model", "loading"),
         help="objective: weights and aggregation; update: one policy update of a fixed load; "
+        "rollout: sampling of a fixed load; "
         "model: forward and backward against a matrix product; loading: a checkpoint of 2 GB "
         "against a plain read",
     )
     parser.add_argument(
         "--peer",
-        metavar="PYTHON",
-        help="update: the Python of an environment with google-tunix, to be run in turn with ours",
+        action="append",
+        default=[],
+        metavar="[NAME=]PYTHON",
+        help="update: the Python of an environment with google-tunix, to be run in turn with ours; "
+        "rollout: tunix=PYTHON, transformers=PYTHON, or both",
     )
     parser.add_argument(
         "--folder",
@@ -33,8 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure; the exit code."""
     if arguments.rounds < 3:
         raise UserError(f"--rounds: a median needs at least 3, got {arguments.rounds}")
-    if arguments.peer and arguments.subject != "update":
-        raise UserError("--peer: only `deltal bench update` has a peer")
+    peers = _peers(arguments.peer, arguments.subject)
     if arguments.folder and arguments.subject != "loading":
         raise UserError("--folder: only `deltal bench loading` writes a checkpoint")
 
@@ -48,6 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
         from deltal_jax.bench.model import benchmark_model
 
         figures = benchmark_model(arguments.rounds)
+    elif arguments.subject == "rollout":
+        from deltal_jax.bench.rollout import benchmark_rollout
+
+        figures = benchmark_rollout(arguments.rounds, peers)
     elif arguments.subject == "loading":
         from deltal_jax.bench.loading import benchmark_loading
 
@@ -55,11 +62,26 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         from deltal_jax.bench.update import benchmark_update, head_memory
 
-        figures = benchmark_update(arguments.rounds, arguments.peer)
+        figures = benchmark_update(arguments.rounds, peers.get("tunix"))
         figures["memory at 3B, 8,192 tokens"] = head_memory()
     figures["jax"] = {"version": jax.__version__, "backend": jax.default_backend()}
     print(json.dumps(figures) if arguments.json else _table(figures))
     return 0
+
+
+def _peers(given: list[str], subject: str) -> dict[str, str]:
+    """The Python of each peer's environment, by the peer's name; Tunix where none is given."""
+    known = {"update": ("tunix",), "rollout": ("tunix", "transformers")}.get(subject, ())
+    if given and not known:
+        raise UserError(f"--peer: `deltal bench {subject}` has no peer")
+    found = {}
+    for item in given:
+        name, _, python = item.rpartition("=")
+        name = name or "tunix"
+        if name not in known:
+            raise UserError(f"--peer: {name} is not one of {', '.join(known)}")
+        found[name] = python
+    return found
 
 
 def _table(figures: dict[str, Any], prefix: str = "") -> str:
