@@ -11,6 +11,7 @@ import pytest
 from deltal_jax.errors import UserError
 from deltal_jax.model.cache import init_cache
 from deltal_jax.objective.logprobs import token_logprobs
+from deltal_jax.rollout import checks
 from deltal_jax.rollout import engine as module
 from deltal_jax.rollout.engine import Engine, SamplingOptions
 from deltal_jax.rollout.sampling import keep
@@ -239,7 +240,7 @@ def test_slots_whose_cache_does_not_fit_are_refused_with_how_many_would(monkeypa
         sum(x.nbytes for x in jax.tree.leaves(init_cache(2, 1, 2, 18, 8, jnp.dtype("float32"))))
         == one
     )
-    monkeypatch.setattr(module, "free_memory", lambda: 3 * one + 1)
+    monkeypatch.setattr(checks, "free_memory", lambda: 3 * one + 1)
     with pytest.raises(UserError, match=r"rollout\.slots: the cache of 4 slots .* 3 slots would"):
         Engine(graphdef, OPTIONS).generate(params, fakes.prompts(3), KEY, samples=1)
 

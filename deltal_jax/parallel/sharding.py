@@ -63,15 +63,22 @@ MESH_AXES: dict[str, str | None] = {
 ROW_AXES = ("data", "fsdp")
 
 
-def parameter_shardings(mesh: Mesh, params: Any) -> Any:
-    """The sharding of each parameter, as a pytree of NamedSharding.
+def parameter_shardings(mesh: Mesh, params: Any, *, gathered: tuple[str, ...] = ()) -> Any:
+    """The sharding of each parameter, as a pytree of NamedSharding; whole over the mesh axes
+    `gathered`.
 
     `params` is the pure dict of `model.transformer.split_model`, of arrays or shapes. A dimension
     that its mesh axis does not divide stays whole: see `wholly_replicated` for what that costs.
     Raises KeyError, naming it, for a path that `PARAMETER_AXES` has not, and ValueError for a
     parameter with other dimensions than the table says.
     """
-    return _shardings(mesh, params, lambda path, shape: PARAMETER_AXES.get(path))
+    found = _shardings(mesh, params, lambda path, shape: PARAMETER_AXES.get(path))
+    return jax.tree.map(
+        lambda own: NamedSharding(
+            mesh, PartitionSpec(*(None if axis in gathered else axis for axis in own.spec))
+        ),
+        found,
+    )
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:

@@ -17,14 +17,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, UInt32
 
 from deltal_jax.errors import UserError
-from deltal_jax.model.cache import cache_bytes
 from deltal_jax.model.precision import ROUND_ALIKE
-from deltal_jax.model.transformer import Architecture, cast_weights, take_apart
+from deltal_jax.model.transformer import cast_weights, take_apart
+from deltal_jax.parallel.sharding import (
+    ROW_AXES,
+    parameter_shardings,
+    replicated_sharding,
+    row_sharding,
+    row_shards,
+)
+from deltal_jax.rollout.checks import check_memory, check_request
+from deltal_jax.rollout.results import Results, assemble, stats
 from deltal_jax.rollout.sampling import sample, stream_keys, uniforms
-from deltal_jax.rollout.schedule import RolloutStats, ideal_steps
+from deltal_jax.rollout.schedule import RolloutStats
 from deltal_jax.rollout.slots import (
     Queue,
     SamplingOptions,
@@ -33,6 +42,7 @@ from deltal_jax.rollout.slots import (
     empty_slots,
     resize,
     run,
+    status_of,
     window_of,
 )
 from deltal_jax.types import Prompts, Rollout
@@ -48,68 +58,52 @@ POOL_PAIRS = 4
 PREFILL_TOKENS = 8192
 
 
-def check_request(
-    options: SamplingOptions, arch: Architecture, prompts: Prompts, samples: int
-) -> None:
-    """Raises UserError, naming the field, for what cannot be sampled."""
-    if options.slots < 1 or samples < 1:
-        raise UserError("rollout.slots: needs at least one slot and one sample a prompt")
-    if options.max_response_length < 1:
-        raise UserError(
-            f"rollout.max_response_length: must be at least 1, got {options.max_response_length}"
-        )
-    unknown = [i for i in options.eos_ids if not 0 <= i < arch.vocab]
-    if unknown:
-        raise UserError(f"eos_ids: {unknown[0]} is no id of a vocabulary of {arch.vocab}")
-    lengths, width = np.asarray(prompts.lengths), prompts.tokens.shape[1]
-    if len(lengths) == 0 or lengths.min() < 1:
-        which = "there is none" if len(lengths) == 0 else f"number {int(lengths.argmin())} is empty"
-        raise UserError(f"prompts: {which}; a response needs a token to begin from")
-    if lengths.max() > width:
-        raise UserError(f"rollout.max_prompt_length: {width}, but a prompt takes {lengths.max()}")
-
-
-def check_memory(options: SamplingOptions, arch: Architecture, prompt_width: int) -> None:
-    """Raises UserError where the widest cache would take more than the device has free."""
-    free = free_memory()
-    itemsize = jnp.dtype(arch.compute_dtype or "float32").itemsize
-    time = prompt_width + options.max_response_length
-    one = cache_bytes(arch.layers, 1, arch.kv_heads, time, arch.head_dim, itemsize)
-    if free is not None and one * options.slots > free:
-        raise UserError(
-            f"rollout.slots: the cache of {options.slots} slots of {time} tokens takes "
-            f"{one * options.slots / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
-            f"{max(free // one, 0)} slots would fit"
-        )
-
-
-def free_memory() -> int | None:
-    """Bytes that the default device has free; None where it does not say, as CPUs."""
-    stats = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" not in stats:
-        return None
-    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-
-
 class Engine:
-    """Samples responses on one device.
+    """Samples responses, on one device or on a mesh.
+
+    On a mesh the prompts are split over the devices that split rows of tokens, each with its own
+    slots and queue, so that none waits for another inside a compiled program; heads are split over
+    "tensor". Parameters may lie as training keeps them: they are gathered over "fsdp" once a call.
+    Several processes call `generate` with the same arguments, and all get the whole rollout.
 
     Programs are compiled once for each number of responses, window and width of prompts; the
     parameters are an argument.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, options: SamplingOptions):
-        self.options = options
+    def __init__(
+        self, graphdef: nnx.GraphDef, options: SamplingOptions, *, mesh: Mesh | None = None
+    ):
+        self.options, self.mesh = options, mesh
+        self.shards = 1 if mesh is None else row_shards(mesh)
+        if options.slots % self.shards:
+            raise UserError(
+                f"rollout.slots: {options.slots} do not split over the mesh's {self.shards} devices"
+            )
         self._graphdef = graphdef
-        self._cast = jax.jit(functools.partial(cast_weights, graphdef))
         alike = functools.partial(jax.jit, compiler_options=ROUND_ALIKE)
-        self._run = alike(functools.partial(run, graphdef, options), donate_argnums=4)
+        decode_queue = functools.partial(run, graphdef, options)
+        if mesh is not None:
+            rows, whole = PartitionSpec(ROW_AXES), PartitionSpec()
+            decode_queue = jax.shard_map(
+                decode_queue,
+                mesh=mesh,
+                in_specs=(whole, whole, rows, rows, rows, whole),
+                out_specs=rows,
+                axis_names=set(ROW_AXES),
+                check_vma=False,  # loops of different lengths on each device
+            )
+
+        def turn(params: Any, layers: Any, store: Store, queue: Queue, slots: Slots, narrow: Array):
+            slots = decode_queue(params, layers, store, queue, slots, narrow)
+            status = status_of(queue, slots)
+            return slots, status if mesh is None else self._whole(status)
+
+        self._run = alike(turn, donate_argnums=4)
         self._prefill = alike(lambda params, tokens: nnx.merge(graphdef, params).prefill(tokens))
         self._resize = jax.jit(resize, static_argnums=1)
+        self._join = jax.jit(functools.partial(_join, self.shards))
         self._empty = jax.jit(self._make_empty, static_argnums=(1, 2))
-        self._apart = jax.jit(
-            lambda blocks: take_apart(blocks, jax.tree.leaves(blocks)[0].shape[0])
-        )
+        self._weights = jax.jit(self._prepare)
         self._draw = jax.jit(functools.partial(_draw_one, options))
         self._decode = alike(
             lambda params, layers, tokens, positions, cache: nnx.merge(graphdef, params).decode(
@@ -118,8 +112,32 @@ class Engine:
             donate_argnums=4,
         )
 
+    def _prepare(self, params: Any) -> tuple[Any, Any]:
+        """The parameters as sampling wants them, and those of each layer."""
+        params = cast_weights(self._graphdef, params)
+        if self.mesh is not None:
+            shardings = parameter_shardings(self.mesh, params, gathered=("fsdp",))
+            params = jax.lax.with_sharding_constraint(params, shardings)
+        return params, take_apart(params["blocks"], jax.tree.leaves(params["blocks"])[0].shape[0])
+
     def _make_empty(self, params: Any, window: int, rows: int) -> Slots:
-        return empty_slots(nnx.merge(self._graphdef, params), self.options, window, rows)
+        model = nnx.merge(self._graphdef, params)
+        slots = empty_slots(model, self.options, window, rows, self.shards)
+        if self.mesh is None:
+            return slots
+        return jax.lax.with_sharding_constraint(slots, row_sharding(self.mesh))
+
+    def _whole(self, tree: Any) -> Any:
+        """The same on every device, so that every process can read it."""
+        assert self.mesh is not None
+        return jax.lax.with_sharding_constraint(tree, replicated_sharding(self.mesh))
+
+    def _place(self, array: np.ndarray) -> Array:
+        """Rows on their devices."""
+        if self.mesh is None:
+            return jnp.asarray(array)
+        sharding = row_sharding(self.mesh)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     def generate(
         self,
@@ -137,30 +155,30 @@ class Engine:
         compiled, for an empty or too long prompt, an unknown stop id, or slots whose cache would
         not fit into the device's memory.
         """
-        arch = nnx.merge(self._graphdef, params).arch
+        arch = nnx.merge(self._graphdef, jax.eval_shape(lambda x: x, params)).arch
         check_request(self.options, arch, prompts, samples)
-        check_memory(self.options, arch, prompts.tokens.shape[1])
+        check_memory(self.options, arch, prompts.tokens.shape[1], self.shards)
         counters = jnp.asarray(step), jnp.asarray(round_)
-        keys = stream_keys(key, *counters, jnp.asarray(prompts.positions), samples)
-        params = self._cast(params)
-        layers = self._apart(params["blocks"])
+        keys = np.asarray(
+            stream_keys(key, *counters, jnp.asarray(prompts.positions), samples), np.uint32
+        )
+        params, layers = self._weights(params)
         count, windows = len(prompts.lengths), self._windows(prompts)
-        size = min(count, max(1, math.ceil(POOL_PAIRS * self.options.slots / samples)))
-        slots = None
-        for first in range(0, count, size):
-            pool = range(first, min(first + size, count))
-            store = self._store(params, prompts, pool, size)
-            more = pool.stop < count
-            queue = _queue(pool, samples, size, np.asarray(keys), more=more)
-            if slots is None:
-                window = _fitting(windows, int(np.max(prompts.lengths)))
-                slots = self._empty(params, window, count * samples)
-            slots = dataclasses.replace(slots, taken=jnp.zeros((), jnp.int32))
-            longest = int(np.max(prompts.lengths))
+        each = -(-count // self.shards)  # prompts of a device
+        size = math.ceil(POOL_PAIRS * self.options.slots / self.shards / samples)
+        size = min(each, max(1, size))
+        longest = int(np.max(prompts.lengths))
+        slots = self._empty(params, _fitting(windows, longest), self.shards * each * samples)
+        for first in range(0, each, size):
+            pool = _pool(count, self.shards, each, first, size)
+            store = self._store(params, prompts, pool)
+            queue = self._queue(pool, samples, keys, each, more=first + size < each)
+            slots = dataclasses.replace(slots, taken=self._place(np.zeros(self.shards, np.int32)))
             slots = self._drain(params, layers, store, queue, slots, windows, longest)
-        assert slots is not None
+        results = self._fetch(slots)
         groups = np.repeat(np.arange(count, dtype=np.int32), samples)
-        return _assemble(prompts, groups, slots), self._stats(slots)
+        lengths = results.lengths[: len(groups)]
+        return assemble(prompts, groups, results), stats(results, lengths, self.options.slots)
 
     def _drain(
         self,
@@ -179,13 +197,11 @@ class Engine:
             # Two sizes down, or a response of a length in between would have it change to and fro.
             below = next((w for w in reversed(windows) if w <= window // 4), 0)
             narrow = jnp.asarray(below if below > prompt else -1, jnp.int32)
-            slots = self._run(params, layers, store, queue, slots, narrow)
-            live, position, taken = jax.device_get((slots.live, slots.position, slots.taken))
-            end = int(np.max(position[live], initial=-1))
-            free = not live.all() if queue.more else not live.any()
-            if taken == queue.count and free and end < window:
+            slots, status = self._run(params, layers, store, queue, slots, narrow)
+            longest = int(status.longest)
+            if status.drained and longest < window:
                 return slots
-            slots = self._resize(slots, _fitting(windows, max(end + 1, prompt)))
+            slots = self._resize(slots, _fitting(windows, max(longest + 1, prompt)))
 
     def _windows(self, prompts: Prompts) -> list[int]:
         """The widths that the cache may have, ascending."""
@@ -194,36 +210,52 @@ class Engine:
             widths.append(widths[-1] // 2)
         return widths[::-1]
 
-    def _store(self, params: Any, prompts: Prompts, pool: range, size: int) -> Store:
-        """Prefill the prompts of a pool, narrow ones beside narrow ones."""
-        lengths = np.asarray(prompts.lengths)[pool]
-        width = _doubled(int(np.max(prompts.lengths)), NARROWEST_PROMPT)
-        padded = np.zeros((size, width), np.int32)
-        own = np.asarray(prompts.tokens)[pool][:, :width]
-        padded[: len(pool), : own.shape[1]] = own
+    def _store(self, params: Any, prompts: Prompts, pool: np.ndarray) -> Store:
+        """Prefill the prompts of a pool, Int[devices size], −1 where there is none; a few at once,
+        as wide as the widest of them needs."""
+        there = pool >= 0
+        lengths = np.where(there, np.asarray(prompts.lengths)[pool], 1).astype(np.int32)
+        tokens = np.where(there[..., None], np.asarray(prompts.tokens)[pool], 0).astype(np.int32)
+        width = _doubled(int(lengths.max()), NARROWEST_PROMPT)
+        size, given = tokens.shape[1:]
+        tokens = np.pad(tokens, ((0, 0), (0, 0), (0, max(0, width - given))))[:, :, :width]
         rows = max(1, min(size, PREFILL_TOKENS // width))
-        parts = []
-        for start in range(0, size, rows):
-            some = np.zeros((rows, width), np.int32)
-            chunk = padded[start : start + rows]
-            some[: len(chunk)] = chunk
-            parts.append(self._prefill(params, jnp.asarray(some)))
-        cache = parts[0] if len(parts) == 1 else jax.tree.map(_join, *parts)
-        last, full = np.zeros(size, np.int32), np.ones(size, np.int32)
-        full[: len(pool)] = lengths
-        last[: len(pool)] = padded[np.arange(len(pool)), lengths - 1]
-        return Store(cache, jnp.asarray(last), jnp.asarray(full))
+        tokens = np.pad(tokens, ((0, 0), (0, -size % rows), (0, 0)))
+        parts = [
+            self._prefill(params, self._place(part.reshape(-1, width)))
+            for part in np.split(tokens, tokens.shape[1] // rows, axis=1)
+        ]
+        cache = parts[0] if len(parts) == 1 else jax.tree.map(self._join, *parts)
+        last = np.take_along_axis(tokens[:, :size], lengths[..., None] - 1, axis=2)[..., 0]
+        extra = ((0, 0), (0, -size % rows))
+        placed = (self._place(np.pad(x, extra).reshape(-1)) for x in (last, lengths))
+        return Store(cache, *placed)
 
-    def _stats(self, slots: Slots) -> RolloutStats:
-        counts = jax.tree.map(int, slots.counts)
-        ideal = ideal_steps(np.asarray(slots.lengths), self.options.slots)
-        return RolloutStats(
-            slot_steps=counts.slot_steps,
-            useful_steps=counts.useful,
-            slot_steps_queued=counts.slot_steps_queued,
-            useful_steps_queued=counts.useful_queued,
-            ideal_slot_steps=ideal * self.options.slots,
+    def _queue(
+        self, pool: np.ndarray, samples: int, keys: np.ndarray, each: int, *, more: bool
+    ) -> Queue:
+        """All samples of the prompts of a pool, prompts first. Rows of results are a device's
+        own."""
+        shards, size = pool.shape
+        prompt = np.repeat(np.arange(size, dtype=np.int32), samples)
+        pair = pool[:, prompt] * samples + np.tile(np.arange(samples), size)
+        row = pair - np.arange(shards)[:, None] * each * samples
+        counts = np.sum(pool >= 0, axis=1) * samples
+        return Queue(
+            prompt=self._place(np.tile(prompt, shards)),
+            row=self._place(row.reshape(-1).astype(np.int32)),
+            keys=self._place(keys[pair.reshape(-1)]),
+            count=self._place(counts.astype(np.int32)),
+            more=self._place(np.full(shards, more)),
         )
+
+    def _fetch(self, slots: Slots) -> Results:
+        """What was written, in host memory."""
+        names = [field.name for field in dataclasses.fields(Results)]
+        found = {name: getattr(slots, name) for name in names}
+        if self.mesh is not None:
+            found = jax.jit(self._whole)(found)
+        return Results(**jax.tree.map(np.asarray, found))
 
     def stream(
         self,
@@ -243,8 +275,8 @@ class Engine:
         (raw_key,) = stream_keys(
             key, jnp.asarray(step), jnp.asarray(round_), jnp.asarray(prompts.positions), 1
         )
-        length, params = int(prompts.lengths[0]), self._cast(params)
-        layers = self._apart(params["blocks"])
+        length = int(prompts.lengths[0])
+        params, layers = self._weights(params)
         cache = self._prefill(params, jnp.asarray(prompts.tokens))
         room = prompts.tokens.shape[1] + self.options.max_response_length
         extra = max(room, cache_length or 0) - prompts.tokens.shape[1]
@@ -264,8 +296,17 @@ def _fitting(windows: list[int], tokens: int) -> int:
     return windows[bisect.bisect_right(windows, tokens)]
 
 
-def _join(*parts: Array) -> Array:
-    return jnp.concatenate(parts)
+def _pool(count: int, shards: int, each: int, first: int, size: int) -> np.ndarray:
+    """The prompts `first` … of each device, Int[shards size]; −1 where there is none."""
+    own = np.arange(first, first + size)
+    numbers = np.arange(shards)[:, None] * each + own[None, :]
+    return np.where((own < each) & (numbers < count), numbers, -1)
+
+
+def _join(shards: int, *parts: Array) -> Array:
+    """Rows of each device behind its own rows."""
+    apart = [x.reshape(shards, -1, *x.shape[1:]) for x in parts]
+    return jnp.concatenate(apart, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
 def _doubled(least: int, first: int) -> int:
@@ -273,19 +314,6 @@ def _doubled(least: int, first: int) -> int:
     while first < least:
         first *= 2
     return first
-
-
-def _queue(pool: range, samples: int, size: int, keys: np.ndarray, *, more: bool) -> Queue:
-    """All samples of the prompts of a pool, prompts first."""
-    pairs = np.arange(pool.start * samples, pool.stop * samples, dtype=np.int32)
-    extra = (0, size * samples - len(pairs))
-    return Queue(
-        prompt=jnp.asarray(np.pad(pairs // samples - pool.start, extra)),
-        row=jnp.asarray(np.pad(pairs, extra)),
-        keys=jnp.asarray(np.pad(keys[pairs], (extra, (0, 0)))),
-        count=jnp.asarray(len(pairs), jnp.int32),
-        more=jnp.asarray(more),
-    )
 
 
 def _draw_one(
@@ -300,35 +328,3 @@ def _draw_one(
         top_p=options.top_p,
         min_p=options.min_p,
     )[0]
-
-
-def _assemble(prompts: Prompts, groups: np.ndarray, out: Slots) -> Rollout:
-    """Join prompts and responses into rows without padding between them."""
-    response, counts = np.asarray(out.tokens), np.asarray(out.lengths)
-    prompt_lengths = np.asarray(prompts.lengths)[groups]
-    B, R = response.shape
-    width = prompts.tokens.shape[1] + R
-    at = np.arange(width)[None, :] - prompt_lengths[:, None]
-    mask = (at >= 0) & (at < counts[:, None])
-    index = np.clip(at, 0, R - 1)
-
-    def placed(values: Array | None) -> np.ndarray | None:
-        if values is None:
-            return None
-        return np.where(mask, np.take_along_axis(np.asarray(values), index, axis=1), np.float32(0))
-
-    tokens = np.zeros((B, width), np.int32)
-    tokens[:, : prompts.tokens.shape[1]] = np.asarray(prompts.tokens)[groups]
-    tokens = np.where(at >= 0, np.take_along_axis(response, index, axis=1), tokens)
-    logprobs = placed(out.logprobs)
-    assert logprobs is not None
-    return Rollout(
-        tokens=np.where(at < counts[:, None], tokens, 0),
-        prompt_lengths=prompt_lengths,
-        lengths=(prompt_lengths + counts).astype(np.int32),
-        loss_mask=mask,
-        logprobs=logprobs,
-        truncated=~np.asarray(out.ended),
-        group_ids=groups,
-        raw_logprobs=placed(out.raw_logprobs),
-    )

@@ -51,8 +51,8 @@ class Queue:
     prompt: Int[Array, " N"]  # row of the store
     row: Int[Array, " N"]  # row of the results
     keys: UInt32[Array, "N 2"]
-    count: Int[Array, ""]  # pairs; what follows them is padding
-    more: Bool[Array, ""]  # whether another queue comes
+    count: Int[Array, " 1"]  # pairs; what follows them is padding
+    more: Bool[Array, " 1"]  # whether another queue comes
 
 
 @jax.tree_util.register_dataclass
@@ -60,25 +60,28 @@ class Queue:
 class Counts:
     """Decoded slot-steps and those that gave a token; of all, and while pairs were waiting."""
 
-    slot_steps: Int[Array, ""]
-    useful: Int[Array, ""]
-    slot_steps_queued: Int[Array, ""]
-    useful_queued: Int[Array, ""]
+    slot_steps: Int[Array, " 1"]
+    useful: Int[Array, " 1"]
+    slot_steps_queued: Int[Array, " 1"]
+    useful_queued: Int[Array, " 1"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """What each slot holds, and what has been written. A slot is free where it is not live."""
+    """What each slot holds, and what has been written. A slot is free where it is not live.
 
-    row: Int[Array, " S"]  # of the results; B in a slot that was never used
+    Every array has a first axis that devices may split, counters one of length 1 a device.
+    """
+
+    row: Int[Array, " S"]  # of the results
     keys: UInt32[Array, "S 2"]
     token: Int[Array, " S"]  # last token, not yet in the cache
     position: Int[Array, " S"]  # its position in the sequence
     count: Int[Array, " S"]  # response tokens so far
     live: Bool[Array, " S"]
     cache: Cache
-    taken: Int[Array, ""]  # pairs of the queue that have begun
+    taken: Int[Array, " 1"]  # pairs of the queue that have begun
     counts: Counts
     tokens: Int[Array, "B R"]
     logprobs: Float[Array, "B R"]
@@ -87,13 +90,16 @@ class Slots:
     ended: Bool[Array, " B"]
 
 
-def empty_slots(model: Any, options: SamplingOptions, window: int, rows: int) -> Slots:
-    """All slots free, with room for `window` tokens each; results of `rows` responses."""
+def empty_slots(
+    model: Any, options: SamplingOptions, window: int, rows: int, shards: int = 1
+) -> Slots:
+    """All slots free, with room for `window` tokens each; results of `rows` responses. `shards` is
+    the number of devices that slots and results are split over."""
     S, R = options.slots, options.max_response_length
-    zeros, zero = jnp.zeros(S, jnp.int32), jnp.zeros((), jnp.int32)
+    zeros, zero = jnp.zeros(S, jnp.int32), jnp.zeros(shards, jnp.int32)
     results = jnp.zeros((rows, R), jnp.float32)
     return Slots(
-        row=zeros + rows,
+        row=zeros,
         keys=jnp.zeros((S, 2), jnp.uint32),
         token=zeros,
         position=zeros,
@@ -147,7 +153,7 @@ def run(
         return jnp.max(jnp.where(slots.live, slots.position, -1))
 
     def waiting(slots: Slots) -> Array:
-        return slots.taken < queue.count
+        return slots.taken[0] < queue.count[0]
 
     def fits(slots: Slots) -> Array:
         end = longest(slots)
@@ -156,7 +162,7 @@ def run(
     def decodable(slots: Slots) -> Array:
         """Whether to decode once more: no slot is free, or nothing is there to fill it with."""
         full = jnp.all(slots.live)
-        return jnp.any(slots.live) & (full | ~(waiting(slots) | queue.more)) & fits(slots)
+        return jnp.any(slots.live) & (full | ~(waiting(slots) | queue.more[0])) & fits(slots)
 
     def step(slots: Slots) -> Slots:
         logits, cache = model.decode(slots.token, slots.position, slots.cache, layers)
@@ -172,10 +178,31 @@ def run(
     return jax.lax.while_loop(goes_on, turn, slots)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """What the host needs to know: how long the longest live response is, and whether all that can
+    be done with this queue is."""
+
+    longest: Int[Array, ""]  # position of its next token; -1 where none is live
+    drained: Bool[Array, ""]
+
+
+def status_of(queue: Queue, slots: Slots) -> Status:
+    """Of the slots of all devices together."""
+    shards = slots.taken.shape[0]
+    live = slots.live.reshape(shards, -1)
+    done = jnp.where(queue.more, ~jnp.all(live, axis=1), ~jnp.any(live, axis=1))
+    return Status(
+        longest=jnp.max(jnp.where(slots.live, slots.position, -1)),
+        drained=jnp.all(done & (slots.taken >= queue.count)),
+    )
+
+
 def _admit(store: Store, queue: Queue, slots: Slots) -> Slots:
     """Each free slot takes the next pair of the queue, with its prompt's cache."""
-    candidate = slots.taken + jnp.cumsum(~slots.live) - 1
-    fresh = ~slots.live & (candidate < queue.count)
+    candidate = slots.taken[0] + jnp.cumsum(~slots.live) - 1
+    fresh = ~slots.live & (candidate < queue.count[0])
     pair = jnp.where(fresh, candidate, 0)
     prompt = queue.prompt[pair]
     first = jnp.argsort(~fresh, stable=True)  # the fresh slots, then the others

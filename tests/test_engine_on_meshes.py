@@ -1,0 +1,65 @@
+"""Sampling on a mesh: the ids of one device, whatever is split, and on several processes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from deltal_jax.errors import UserError
+from deltal_jax.parallel.mesh import make_mesh
+from deltal_jax.parallel.sharding import parameter_shardings
+from deltal_jax.rollout.engine import Engine, SamplingOptions
+from tests import fakes
+from tests.processes import run_processes
+
+OPTIONS = SamplingOptions(slots=8, max_response_length=12, eos_ids=(fakes.EOS, 5))
+KEY = jax.random.key(11, impl="threefry2x32")
+#: Mesh sizes (data, fsdp, tensor); prompts that devices share evenly, or not.
+MESHES = {(8, 1, 1): 8, (2, 2, 2): 5, (1, 1, 2): 5, (1, 4, 1): 6}
+
+
+def sampled(count, mesh=None, options=OPTIONS):
+    graphdef, params = fakes.model(fakes.PLAIN)
+    if mesh is not None:  # as training keeps them
+        params = jax.device_put(params, parameter_shardings(mesh, params))
+    engine = Engine(graphdef, options, mesh=mesh)
+    return engine.generate(params, fakes.prompts(count), KEY, samples=3, step=2)
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_the_ids_on_a_mesh_are_those_of_one_device(sizes):
+    count = MESHES[sizes]
+    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    want, _ = sampled(count)
+    got, stats = sampled(count, mesh)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_array_equal(got.loss_mask, want.loss_mask)
+    np.testing.assert_array_equal(got.truncated, want.truncated)
+    np.testing.assert_array_equal(got.group_ids, want.group_ids)
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
+    assert stats.useful_steps == want.response_lengths.sum()
+
+
+def test_slots_that_do_not_split_over_the_devices_are_refused():
+    mesh = make_mesh(4, 2, 1)
+    with pytest.raises(UserError, match=r"rollout\.slots: 4 do not split over the mesh's 8"):
+        Engine(fakes.model(fakes.PLAIN)[0], dataclasses.replace(OPTIONS, slots=4), mesh=mesh)
+
+
+def sample_together(sizes):
+    """In each of several processes: what each of them gets."""
+    rollout, stats = sampled(5, make_mesh(*sizes))
+    fields = {name: getattr(rollout, name) for name in ("tokens", "logprobs", "truncated")}
+    return fields | {"steps": stats.slot_steps, "useful": stats.useful_steps}
+
+
+def test_two_processes_sample_what_one_does():
+    """Two devices in each; slots over data, heads over tensor."""
+    want, _ = sampled(5)
+    target = "tests.test_engine_on_meshes:sample_together"
+    for found in run_processes(target, count=2, devices_each=2, sizes=[2, 1, 2]):
+        np.testing.assert_array_equal(found["tokens"], want.tokens)
+        np.testing.assert_array_equal(found["truncated"], want.truncated)
+        np.testing.assert_allclose(found["logprobs"], want.logprobs, atol=1e-5)
+        assert found["useful"] == want.response_lengths.sum() <= found["steps"]
