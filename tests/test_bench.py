@@ -74,7 +74,7 @@ def test_memory_does_not_follow_the_vocabulary():
     ("arguments", "said"),
     [
         (["objective", "--rounds", "1"], "--rounds: a median needs at least 3, got 1"),
-        (["objective", "--peer", "python3"], "--peer: only `deltal bench update` has a peer"),
+        (["objective", "--peer", "python3"], "--peer: `deltal bench objective` has no peer"),
         (
             ["model", "--folder", "here"],
             "--folder: only `deltal bench loading` writes a checkpoint",

@@ -281,13 +281,13 @@ class Engine:
         room = prompts.tokens.shape[1] + self.options.max_response_length
         extra = max(room, cache_length or 0) - prompts.tokens.shape[1]
         cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))), cache)
-        token = jnp.asarray(prompts.tokens[:, length - 1])
+        token = int(prompts.tokens[0, length - 1])
         for count in range(self.options.max_response_length):
-            position = jnp.asarray([length - 1 + count])
-            logits, cache = self._decode(params, layers, token, position, cache)
-            token = self._draw(logits, raw_key, jnp.asarray(count))
-            yield int(token[0])
-            if int(token[0]) in self.options.eos_ids:
+            at = jnp.asarray([token]), jnp.asarray([length - 1 + count])
+            logits, cache = self._decode(params, layers, *at, cache)
+            token = int(self._draw(logits, raw_key, jnp.asarray(count))[0])
+            yield token
+            if token in self.options.eos_ids:
                 return
 
 
