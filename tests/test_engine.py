@@ -151,6 +151,26 @@ def test_pools_and_windows_change_no_id(sampled, host, monkeypatch):
     assert bool(sizes) is ("NARROWEST" in host)
 
 
+def test_slots_that_idle_in_the_tail_are_given_up():
+    """As many slots as responses: half of them is left out as soon as half of them has ended."""
+    graphdef, params = fakes.model(fakes.PLAIN)
+    options = SamplingOptions(slots=24, max_response_length=58, eos_ids=(3, 5, 7, 9))
+    want, _ = Engine(graphdef, dataclasses.replace(options, slots=3)).generate(
+        params, fakes.prompts(24), KEY, samples=1
+    )
+    engine, sizes = Engine(graphdef, options), []
+    compact = engine._compact
+    engine._compact = lambda slots, size: (sizes.append(size), compact(slots, size))[1]
+    got, stats = engine.generate(params, fakes.prompts(24), KEY, samples=1)
+    np.testing.assert_array_equal(want.tokens, got.tokens)
+    np.testing.assert_array_equal(want.truncated, got.truncated)
+    np.testing.assert_allclose(want.logprobs, got.logprobs, atol=1e-5)
+    assert sizes == [12, 6]
+    assert stats.useful_steps == got.response_lengths.sum()
+    assert stats.slot_steps < 0.5 * stats.ideal_slot_steps
+    assert stats.ideal_slot_steps == 24 * got.response_lengths.max()
+
+
 def test_the_cache_grows_with_the_longest_live_response_and_shrinks_after_it(monkeypatch):
     """One response of 24 runs to 38 tokens, the others end soon: the window follows."""
     monkeypatch.setattr(module, "NARROWEST", 8)

@@ -38,7 +38,9 @@ from deltal_jax.rollout.slots import (
     Queue,
     SamplingOptions,
     Slots,
+    Status,
     Store,
+    compact,
     empty_slots,
     resize,
     run,
@@ -50,6 +52,10 @@ from deltal_jax.types import Prompts, Rollout
 #: Caches are as wide as the longest prompt and response may need, or a half of that, a quarter, …,
 #: but no narrower than this.
 NARROWEST = 128
+#: In the tail slots are given up by halves, as soon as half of them is idle, down to so many.
+FEWEST = 4
+#: And only where there are at most so many responses a slot.
+LONG_TAIL = 4
 #: Prompts are prefilled in widths that double, from this on.
 NARROWEST_PROMPT = 32
 #: Pairs that a pool of prompts has for each slot: enough to be decoding most of the time.
@@ -87,20 +93,29 @@ class Engine:
             decode_queue = jax.shard_map(
                 decode_queue,
                 mesh=mesh,
-                in_specs=(whole, whole, rows, rows, rows, whole),
+                in_specs=(whole, whole, rows, rows, rows, whole, whole),
                 out_specs=rows,
                 axis_names=set(ROW_AXES),
                 check_vma=False,  # loops of different lengths on each device
             )
 
-        def turn(params: Any, layers: Any, store: Store, queue: Queue, slots: Slots, narrow: Array):
-            slots = decode_queue(params, layers, store, queue, slots, narrow)
+        def turn(
+            params: Any,
+            layers: Any,
+            store: Store,
+            queue: Queue,
+            slots: Slots,
+            narrow: Array,
+            few: Array,
+        ) -> tuple[Slots, Status]:
+            slots = decode_queue(params, layers, store, queue, slots, narrow, few)
             status = status_of(queue, slots)
             return slots, status if mesh is None else self._whole(status)
 
         self._run = alike(turn, donate_argnums=4)
         self._prefill = alike(lambda params, tokens: nnx.merge(graphdef, params).prefill(tokens))
         self._resize = jax.jit(resize, static_argnums=1)
+        self._compact = jax.jit(compact, static_argnums=1)
         self._join = jax.jit(functools.partial(_join, self.shards))
         self._empty = jax.jit(self._make_empty, static_argnums=(1, 2))
         self._weights = jax.jit(self._prepare)
@@ -192,15 +207,25 @@ class Engine:
     ) -> Slots:
         """Decode until the queue is empty and a slot is free, or all is done; the cache as wide as
         it needs to be, and never narrower than the longest prompt."""
+        # On a mesh the devices run out at different times, and would wait for each other. And where
+        # many responses share a slot the tail is too short to be worth more programs.
+        giving_up = self.mesh is None and slots.lengths.shape[0] <= LONG_TAIL * self.options.slots
         while True:
             window = window_of(slots)
             # Two sizes down, or a response of a length in between would have it change to and fro.
             below = next((w for w in reversed(windows) if w <= window // 4), 0)
             narrow = jnp.asarray(below if below > prompt else -1, jnp.int32)
-            slots, status = self._run(params, layers, store, queue, slots, narrow)
+            half = slots.live.shape[0] // 2
+            few = half if giving_up and half >= FEWEST else 0
+            slots, status = self._run(
+                params, layers, store, queue, slots, narrow, jnp.asarray(few, jnp.int32)
+            )
             longest = int(status.longest)
             if status.drained and longest < window:
                 return slots
+            last = few and not queue.more[0] and slots.taken[0] == queue.count[0]
+            if last and status.live <= few:
+                slots = self._compact(slots, half)
             slots = self._resize(slots, _fitting(windows, max(longest + 1, prompt)))
 
     def _windows(self, prompts: Prompts) -> list[int]:

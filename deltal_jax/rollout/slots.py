@@ -133,6 +133,15 @@ def resize(slots: Slots, window: int) -> Slots:
     return dataclasses.replace(slots, cache=jax.tree.map(one, slots.cache))
 
 
+def compact(slots: Slots, size: int) -> Slots:
+    """The live slots, at most `size`, among so many: those that will not be used again are left
+    out."""
+    kept = jnp.argsort(~slots.live, stable=True)[:size]
+    own = ("row", "keys", "token", "position", "count", "live", "cache")
+    parts = {name: jax.tree.map(lambda x: x[kept], getattr(slots, name)) for name in own}
+    return dataclasses.replace(slots, **parts)
+
+
 def run(
     graphdef: nnx.GraphDef,
     options: SamplingOptions,
@@ -142,10 +151,12 @@ def run(
     queue: Queue,
     slots: Slots,
     narrow: Int[Array, ""],
+    few: Int[Array, ""],
 ) -> Slots:
     """Decode until the host has something to do: a live slot has no room for its next token; all
-    live ones would fit in `narrow` tokens; a slot is free, the queue is empty and more comes; or
-    all is done. `layers` are the parameters of each layer, or None to take them from the stack."""
+    live ones would fit in `narrow` tokens; a slot is free, the queue is empty and more comes; no
+    more comes and at most `few` slots are live; or all is done. `layers` are the parameters of each
+    layer, or None to take them from the stack."""
     model = nnx.merge(graphdef, params)
     window = window_of(slots)
 
@@ -157,7 +168,9 @@ def run(
 
     def fits(slots: Slots) -> Array:
         end = longest(slots)
-        return (end < window) & ((end >= narrow) | ~jnp.any(slots.live))
+        last = ~(waiting(slots) | queue.more[0])
+        many = ~last | (jnp.sum(slots.live) > few)
+        return (end < window) & (((end >= narrow) & many) | ~jnp.any(slots.live))
 
     def decodable(slots: Slots) -> Array:
         """Whether to decode once more: no slot is free, or nothing is there to fill it with."""
@@ -185,6 +198,7 @@ class Status:
     be done with this queue is."""
 
     longest: Int[Array, ""]  # position of its next token; -1 where none is live
+    live: Int[Array, ""]  # of the device that has most
     drained: Bool[Array, ""]
 
 
@@ -195,6 +209,7 @@ def status_of(queue: Queue, slots: Slots) -> Status:
     done = jnp.where(queue.more, ~jnp.all(live, axis=1), ~jnp.any(live, axis=1))
     return Status(
         longest=jnp.max(jnp.where(slots.live, slots.position, -1)),
+        live=jnp.max(jnp.sum(live, axis=1)),
         drained=jnp.all(done & (slots.taken >= queue.count)),
     )
 
