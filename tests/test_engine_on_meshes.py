@@ -9,6 +9,7 @@ import pytest
 from deltal_jax.errors import UserError
 from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.parallel.sharding import parameter_shardings
+from deltal_jax.rollout import engine as module
 from deltal_jax.rollout.engine import Engine, SamplingOptions
 from tests import fakes
 from tests.processes import run_processes
@@ -39,6 +40,23 @@ def test_the_ids_on_a_mesh_are_those_of_one_device(sizes):
     np.testing.assert_array_equal(got.group_ids, want.group_ids)
     np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
     assert stats.useful_steps == want.response_lengths.sum()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_pools_and_windows_on_a_mesh_change_no_id(seed, monkeypatch):
+    """Devices that run out of work, or of room, at different times: none waits for ever."""
+    monkeypatch.setattr(module, "NARROWEST", 8)
+    monkeypatch.setattr(module, "POOL_PAIRS", 2)
+    graphdef, params = fakes.model(fakes.PLAIN)
+    options = SamplingOptions(slots=4, max_response_length=58, eos_ids=(3, 5, 7, 9))
+    mesh = make_mesh(2, 1, 1, devices=jax.devices()[:2])
+    key = jax.random.key(seed, impl="threefry2x32")
+    want, got = (
+        Engine(graphdef, options, mesh=on).generate(params, fakes.prompts(48), key, samples=1)[0]
+        for on in (None, mesh)
+    )
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
 
 
 def test_slots_that_do_not_split_over_the_devices_are_refused():

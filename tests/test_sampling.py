@@ -8,7 +8,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltal_jax.rollout.sampling import sample, stream_keys, uniforms
+from deltal_jax.rollout.sampling import keep, sample, stream_keys, uniforms
 
 
 def keys_of(step=0, round_=0, positions=(0, 1, 2), samples=4, seed=0):
@@ -81,6 +81,30 @@ def test_two_steps_of_inversion_find_what_one_running_sum_finds(seed, vocabulary
         low, high = (edges[row, token - 1] if token else 0.0), edges[row, token]
         assert low - 1e-6 <= uniform[row] <= high + 1e-6
         assert mass[row, token] > 0
+
+
+@pytest.mark.parametrize("top_k", [1, 20, 50])
+def test_rounding_of_running_sums_draws_no_token_without_mass(top_k):
+    """Few tokens of many have mass, and the numbers lie on the edges between them."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(8, 20_001)).astype(np.float32) * 2
+    scores = np.asarray(keep(jnp.asarray(logits), top_k=top_k, top_p=1.0, min_p=0.0), np.float64)
+    mass = np.exp(scores - scores.max(axis=1, keepdims=True))
+    edges = np.cumsum(mass, axis=1)[mass > 0].reshape(8, top_k) / mass.sum(axis=1, keepdims=True)
+    draw = jax.jit(lambda x, u: sample(x, u, temperature=1.0, top_k=top_k))
+    for edge in edges.T:
+        for ulp in range(-3, 4):
+            uniform = np.clip(np.floor(edge * 2**24) + ulp, 0, 2**24 - 1) / 2**24
+            drawn, logprob = draw(logits, uniform.astype(np.float32))
+            assert (mass[np.arange(8), np.asarray(drawn)] > 0).all()
+            assert np.isfinite(logprob).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-9, 1e-5])
+def test_a_temperature_near_zero_is_as_zero(temperature):
+    logits = jnp.asarray([[0.0, 3.0, 1.0], [2.0, -1.0, 1.9]])
+    drawn, logprob = sample(logits, jnp.asarray([0.5, 0.5]), temperature=temperature)
+    assert drawn.tolist() == [1, 0] and logprob.tolist() == [0.0, 0.0]
 
 
 def test_a_token_without_mass_is_never_drawn():

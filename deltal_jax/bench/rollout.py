@@ -126,18 +126,21 @@ class Floor:
             wide = (x @ mlp["gate"]["kernel"]) * (x @ mlp["up"]["kernel"])
             return wide @ mlp["down"]["kernel"]
 
-        def step(_: int, x: jax.Array) -> jax.Array:
-            for weights, cache in zip(layers, caches, strict=True):
-                x = layer(x, weights, cache)
-            logits = x @ embedding.T
-            return logits[:, : arch.d_model] * 1e-3
+        def steps(x: jax.Array, layers: Any, caches: Any, embedding: jax.Array) -> jax.Array:
+            def step(_: int, x: jax.Array) -> jax.Array:
+                for weights, cache in zip(layers, caches, strict=True):
+                    x = layer(x, weights, cache)
+                logits = x @ embedding.T
+                return logits[:, : arch.d_model] * 1e-3
 
-        self._run = jax.jit(lambda x: jax.lax.fori_loop(0, workload.LIMIT, step, x))
-        self._start = jnp.ones((S, arch.d_model))
+            return jax.lax.fori_loop(0, workload.LIMIT, step, x)
+
+        self._run = jax.jit(steps)
+        self._arguments = jnp.ones((S, arch.d_model)), layers, caches, embedding
 
     def run(self) -> jax.Array:
         """All steps."""
-        return self._run(self._start)
+        return self._run(*self._arguments)
 
 
 def _peer_figures(answers: list[dict[str, Any]], sides: dict[str, Side]) -> dict[str, Any]:

@@ -5,24 +5,9 @@ Runs where torch and transformers are installed and imports nothing of ours but 
 protocol is that of tunix_sampler.py.
 """
 
-import contextlib
-import json
-import sys
 import time
-import warnings
 
-warnings.filterwarnings("ignore")
-
-
-def main() -> None:
-    """Serve samples until standard input ends."""
-    with contextlib.redirect_stdout(sys.stderr):
-        sample = make_sampler()
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        with contextlib.redirect_stdout(sys.stderr):
-            found = sample(int(line))
-        print(json.dumps(found), flush=True)
+from peer_side import serve  # beside this file
 
 
 def make_sampler():
@@ -57,7 +42,7 @@ def make_sampler():
             top_k=0,
             top_p=1.0,
             pad_token_id=0,
-            eos_token_id=ends or None,
+            eos_token_id=ends or [sizes["vocab"] + 7],  # None would mean the model's own
         )
         cpu, wall = time.process_time(), time.perf_counter()
         with torch.no_grad():
@@ -76,4 +61,4 @@ def make_sampler():
 
 
 if __name__ == "__main__":
-    main()
+    serve(make_sampler)

@@ -5,13 +5,9 @@ ours but the load. For each line on standard input, the seed of the prompts, it 
 the ends of the load and up to the limit, and answers one line of JSON.
 """
 
-import contextlib
-import json
-import sys
 import time
-import warnings
 
-warnings.filterwarnings("ignore")
+from peer_side import serve, tunix_config  # beside this file: no deltal_jax is installed here
 
 
 class Numbers:
@@ -33,47 +29,21 @@ class Numbers:
         return 0
 
 
-def main() -> None:
-    """Serve samples until standard input ends."""
-    with contextlib.redirect_stdout(sys.stderr):
-        sample = make_sampler()
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        with contextlib.redirect_stdout(sys.stderr):
-            found = sample(int(line))
-        print(json.dumps(found), flush=True)
-
-
 def make_sampler():
     """A function that samples the load of a seed and says how long it took."""
-    import jax.numpy as jnp
     import workload  # beside this file: the peer's environment has no deltal_jax
     from flax import nnx
     from tunix.generate import sampler as tunix_sampler
     from tunix.models.qwen3 import model as qwen3
 
     sizes = workload.SIZES
-    config = qwen3.ModelConfig(
-        num_layers=sizes["layers"],
-        vocab_size=sizes["vocab"],
-        embed_dim=sizes["d_model"],
-        hidden_dim=sizes["d_ff"],
-        num_heads=sizes["heads"],
-        head_dim=sizes["head_dim"],
-        num_kv_heads=sizes["kv_heads"],
-        rope_theta=int(sizes["rope_theta"]),
-        norm_eps=sizes["norm_epsilon"],
-        use_tied_embedding=sizes["tied_embeddings"],
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-    )
     cache = tunix_sampler.CacheConfig(
         cache_size=workload.PROMPT + workload.LIMIT,
         num_layers=sizes["layers"],
         num_kv_heads=sizes["kv_heads"],
         head_dim=sizes["head_dim"],
     )
-    sampler = tunix_sampler.Sampler(qwen3.Qwen3(config, rngs=nnx.Rngs(0)), Numbers(), cache)
+    sampler = tunix_sampler.Sampler(qwen3.Qwen3(tunix_config(), rngs=nnx.Rngs(0)), Numbers(), cache)
 
     def run(seed: int, ends: list[int]) -> dict[str, float]:
         # It adds BOS itself.
@@ -99,4 +69,4 @@ def make_sampler():
 
 
 if __name__ == "__main__":
-    main()
+    serve(make_sampler)

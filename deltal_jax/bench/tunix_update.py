@@ -5,24 +5,9 @@ ours but the load. For each line on standard input, the seed of a batch, it does
 padded batch and answers one line of JSON: wall and CPU seconds.
 """
 
-import contextlib
-import json
-import sys
 import time
-import warnings
 
-warnings.filterwarnings("ignore")
-
-
-def main() -> None:
-    """Serve updates until standard input ends."""
-    with contextlib.redirect_stdout(sys.stderr):
-        step = make_step()
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        with contextlib.redirect_stdout(sys.stderr):
-            seconds = step(int(line))
-        print(json.dumps(seconds), flush=True)
+from peer_side import serve, tunix_config  # beside this file: no deltal_jax is installed here
 
 
 def make_step():
@@ -38,22 +23,7 @@ def make_step():
     from tunix.rl.grpo import grpo_learner
     from tunix.sft import peft_trainer
 
-    sizes = workload.SIZES
-    config = qwen3.ModelConfig(
-        num_layers=sizes["layers"],
-        vocab_size=sizes["vocab"],
-        embed_dim=sizes["d_model"],
-        hidden_dim=sizes["d_ff"],
-        num_heads=sizes["heads"],
-        head_dim=sizes["head_dim"],
-        num_kv_heads=sizes["kv_heads"],
-        rope_theta=int(sizes["rope_theta"]),
-        norm_eps=sizes["norm_epsilon"],
-        use_tied_embedding=sizes["tied_embeddings"],
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-    )
-    model = qwen3.Qwen3(config, rngs=nnx.Rngs(0))
+    model = qwen3.Qwen3(tunix_config(), rngs=nnx.Rngs(0))
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     # On the mesh from the start, or the step compiles twice.
@@ -102,4 +72,4 @@ def make_step():
 
 
 if __name__ == "__main__":
-    main()
+    serve(make_step)

@@ -59,6 +59,11 @@ def check(config: Config) -> None:
             "objective.old_logprobs: with rollout.top_k, top_p or min_p the sampler's are of fewer "
             "tokens than the trained policy has; set it to recompute"
         )
+    if filtered and config.objective.importance_correction != "none":
+        raise UserError(
+            "objective.importance_correction: with rollout.top_k, top_p or min_p the sampler's "
+            "log-probabilities are of fewer tokens than the trainer's; set it to none"
+        )
     _check_objective(config.objective)
 
 

@@ -21,6 +21,15 @@ def check_request(
         raise UserError(
             f"rollout.max_response_length: must be at least 1, got {options.max_response_length}"
         )
+    if options.top_k is not None and options.top_k < 1:
+        raise UserError(f"rollout.top_k: must be at least 1, got {options.top_k}")
+    for name, value, high in (
+        ("temperature", options.temperature, np.inf),
+        ("top_p", options.top_p, 1.0),
+        ("min_p", options.min_p, 1.0),
+    ):
+        if not 0.0 <= value <= high or (name == "top_p" and value == 0.0):
+            raise UserError(f"rollout.{name}: {value} is out of its range")
     unknown = [i for i in options.eos_ids if not 0 <= i < arch.vocab]
     if unknown:
         raise UserError(f"eos_ids: {unknown[0]} is no id of a vocabulary of {arch.vocab}")

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
 from deltal_jax.errors import UserError
@@ -140,7 +140,12 @@ class Engine:
         slots = empty_slots(model, self.options, window, rows, self.shards)
         if self.mesh is None:
             return slots
-        return jax.lax.with_sharding_constraint(slots, row_sharding(self.mesh))
+        heads = "tensor" if model.arch.kv_heads % self.mesh.shape["tensor"] == 0 else None
+        split = NamedSharding(self.mesh, PartitionSpec(ROW_AXES, heads))
+        own = row_sharding(self.mesh)
+        shardings = jax.tree.map(lambda _: own, slots)
+        shardings = dataclasses.replace(shardings, cache=jax.tree.map(lambda _: split, slots.cache))
+        return jax.lax.with_sharding_constraint(slots, shardings)
 
     def _whole(self, tree: Any) -> Any:
         """The same on every device, so that every process can read it."""
@@ -214,7 +219,9 @@ class Engine:
             window = window_of(slots)
             # Two sizes down, or a response of a length in between would have it change to and fro.
             below = next((w for w in reversed(windows) if w <= window // 4), 0)
-            narrow = jnp.asarray(below if below > prompt else -1, jnp.int32)
+            # On a mesh one device alone must not stop for it: the longest is another's.
+            narrower = self.mesh is None and below > prompt
+            narrow = jnp.asarray(below if narrower else -1, jnp.int32)
             half = slots.live.shape[0] // 2
             few = half if giving_up and half >= FEWEST else 0
             slots, status = self._run(

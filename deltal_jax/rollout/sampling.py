@@ -6,6 +6,8 @@ from jaxtyping import Array, Float, Int, UInt32
 
 #: Tokens whose masses are summed before the running sum: the lanes of a TPU.
 BLOCK = 128
+#: Temperatures below this one are 0: a division by them would overflow.
+COLDEST = 1e-6
 
 
 def stream_keys(
@@ -54,14 +56,14 @@ def sample(
     """Draw one token a row by the inverse distribution function; also its log-probability.
 
     The distribution is softmax(logits / temperature) over the tokens that `keep` leaves, and the
-    log-probability is that of this distribution. Temperature 0 takes the most likely token, with
-    log-probability 0.
+    log-probability is that of this distribution. Temperature 0, and what is below `COLDEST`, takes
+    the most likely token, with log-probability 0.
     """
     logits = logits.astype(jnp.float32)
-    if temperature == 0.0:
+    if temperature < COLDEST:
         return jnp.argmax(logits, axis=-1), jnp.zeros(logits.shape[0], jnp.float32)
-    scores = keep(logits / temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    scores = scores - jnp.max(scores, axis=-1, keepdims=True)
+    scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+    scores = keep(scores, top_k=top_k, top_p=top_p, min_p=min_p)
     tokens, total = _inverse(scores, uniform)
     chosen = jnp.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jnp.log(total)
@@ -104,15 +106,25 @@ def _inverse(
     blocks = -(-V // BLOCK)
     padded = jnp.pad(scores, ((0, 0), (0, blocks * BLOCK - V)), constant_values=-jnp.inf)
     padded = padded.reshape(S, blocks, BLOCK)
-    sums = jnp.cumsum(jnp.sum(jnp.exp(padded), axis=-1), axis=-1)
+    masses = jnp.sum(jnp.exp(padded), axis=-1)
+    sums = jnp.cumsum(masses, axis=-1)
     total = sums[:, -1]
-    # Strictly below the total, so that the first block above the threshold exists and has mass.
+    # Strictly below the total, so that a block above the threshold exists.
     threshold = jnp.minimum(uniform * total, jnp.nextafter(total, 0.0))
-    block = jnp.sum(sums <= threshold[:, None], axis=-1)
+    block = _with_mass(masses, jnp.sum(sums <= threshold[:, None], axis=-1))
     before = jnp.take_along_axis(jnp.pad(sums, ((0, 0), (1, 0))), block[:, None], axis=-1)
     own = jnp.exp(jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0])
     running = before + jnp.cumsum(own, axis=-1)
-    # Rounding may leave the threshold above all of the block: then it is its last with mass.
-    last = BLOCK - 1 - jnp.argmax(own[:, ::-1] > 0, axis=-1)
-    inside = jnp.minimum(jnp.sum(running <= threshold[:, None], axis=-1), last)
+    inside = _with_mass(own, jnp.sum(running <= threshold[:, None], axis=-1))
     return block * BLOCK + inside, total
+
+
+def _with_mass(masses: Float[Array, "S n"], index: Int[Array, " S"]) -> Int[Array, " S"]:
+    """The last one with mass up to `index`, or else the first one with mass.
+
+    A running sum in floating point, as a tree, rises and falls by a rounding error where nothing is
+    added, and may end below the threshold: so what it points at may have no mass.
+    """
+    at = jnp.arange(masses.shape[1])[None, :]
+    last = jnp.max(jnp.where((masses > 0) & (at <= index[:, None]), at, -1), axis=-1)
+    return jnp.where(last < 0, jnp.argmax(masses > 0, axis=-1), last)

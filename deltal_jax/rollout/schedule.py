@@ -34,7 +34,8 @@ class RolloutStats:
 
     @property
     def ideal_utilization(self) -> float:
-        """What `utilization` is for ideal list scheduling in the order of the queue."""
+        """What `utilization` is for ideal list scheduling in the order of the queue, with all slots
+        to the end; an engine that gives up idle slots in the tail may be above it."""
         return self.useful_steps / max(self.ideal_slot_steps, 1)
 
 
