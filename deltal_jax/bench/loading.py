@@ -19,9 +19,9 @@ from safetensors.numpy import save_file
 
 from deltal_jax.bench.measure import Timing, ratio
 from deltal_jax.errors import UserError
-from deltal_jax.model.families import config_of, tensor_names
-from deltal_jax.model.huggingface import CONFIG, INDEX, load_params
-from deltal_jax.model.transformer import Architecture, abstract_params
+from deltal_jax.model.families import config_of
+from deltal_jax.model.huggingface import CONFIG, INDEX, load_params, stored_shapes
+from deltal_jax.model.transformer import Architecture
 
 #: The shapes of Qwen2.5-1.5B with 16 of its 28 layers: 1.96 GB in bfloat16.
 ARCHITECTURE = Architecture(
@@ -99,7 +99,7 @@ def write_checkpoint(folder: Path, arch: Architecture) -> list[Path]:
     rng = np.random.default_rng(0)
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     size = 0
-    for name, shape in sorted(_tensors(arch)):
+    for name, shape in sorted(stored_shapes(arch).items()):
         if size + 2 * math.prod(shape) > SHARD_BYTES and shards[-1]:
             shards.append([])
             size = 0
@@ -117,17 +117,6 @@ def write_checkpoint(folder: Path, arch: Architecture) -> list[Path]:
     (folder / CONFIG).write_text(json.dumps(config_of(arch)), encoding="utf-8")
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     return files
-
-
-def _tensors(arch: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes on disk."""
-    names = tensor_names(arch)
-    for path, leaf in jax.tree.leaves_with_path(abstract_params(arch)):
-        tensor = names[jax.tree_util.keystr(path, simple=True, separator="/")]
-        layered = "{layer}" in tensor.name
-        shape = leaf.shape[1:] if layered else leaf.shape
-        for layer in range(arch.layers if layered else 1):
-            yield tensor.name.format(layer=layer), shape[::-1] if tensor.transposed else shape
 
 
 def plain_read(files: list[Path]) -> None:

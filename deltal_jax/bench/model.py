@@ -13,6 +13,7 @@ from deltal_jax.model.transformer import (
     Architecture,
     init_model,
     make_graphdef,
+    matrix_size,
     split_model,
 )
 
@@ -55,11 +56,10 @@ def benchmark_model(
 def layer_flops(arch: Architecture, rows: int, tokens: int, *, masked: bool) -> dict[str, float]:
     """Floating-point operations of one forward pass: products with the weights of all layers, and
     attention's two products, `masked`: those that the causal mask throws away too."""
-    wide, narrow = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    weights = arch.d_model * (2 * wide + 2 * narrow + 3 * arch.d_ff)
     columns = tokens if masked else (tokens + 1) / 2
     count = rows * tokens * arch.layers
-    return {"weights": 2.0 * count * weights, "attention": 4.0 * count * wide * columns}
+    wide = arch.heads * arch.head_dim
+    return {"weights": 2.0 * count * matrix_size(arch), "attention": 4.0 * count * wide * columns}
 
 
 def _measure(

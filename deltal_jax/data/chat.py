@@ -31,16 +31,24 @@ def encode_chat(
 
     Raises UserError where the tokenizer has no template, or the template fails.
     """
-    template = tokenizer.chat_templates.get("default")
-    if template is None:
-        others = f" (only {', '.join(tokenizer.chat_templates)})" * bool(tokenizer.chat_templates)
-        raise UserError(
-            f"data.chat_template: the tokenizer has no default chat template{others}; set it to "
-            "false, or use a checkpoint whose tokenizer.json comes with one"
-        )
+    otherwise = "set it to false, or use a checkpoint whose tokenizer.json comes with one"
+    template = default_template(tokenizer, "data.chat_template", otherwise)
     variables = {**tokenizer.special_tokens, **variables}
     text = render_chat(template, messages, add_generation_prompt=add_generation_prompt, **variables)
     return tokenizer.encode(text)
+
+
+def default_template(tokenizer: Tokenizer, field: str, otherwise: str) -> str:
+    """The tokenizer's usual template.
+
+    Raises UserError where it has none, naming the `field` that asked for it and what to do
+    `otherwise`.
+    """
+    templates = tokenizer.chat_templates
+    if "default" not in templates:
+        others = f" (only {', '.join(templates)})" if templates else ""
+        raise UserError(f"{field}: the tokenizer has no default chat template{others}; {otherwise}")
+    return templates["default"]
 
 
 def turn_end(tokenizer: Tokenizer) -> int:

@@ -7,7 +7,7 @@ next turn.
 
 import dataclasses
 
-from deltal_jax.data.chat import Message, render_chat
+from deltal_jax.data.chat import Message, default_template, render_chat
 from deltal_jax.data.tokenizer import Tokenizer
 from deltal_jax.errors import UserError
 
@@ -35,13 +35,7 @@ class Conversation:
 
         Raises UserError where it has none.
         """
-        if "default" not in tokenizer.chat_templates:
-            others = ", ".join(tokenizer.chat_templates)
-            found = f" (only {others})" if others else ""
-            raise UserError(
-                f"--chat: the tokenizer has no default chat template{found}; --prompt alone "
-                "continues plain text"
-            )
+        default_template(tokenizer, "--chat", "--prompt alone continues plain text")
         first = () if system is None else ({"role": "system", "content": system},)
         return cls(tokenizer, first)
 

@@ -31,6 +31,8 @@ from deltal_jax.model.transformer import Architecture, abstract_params
 from deltal_jax.parallel.sharding import parameter_shardings
 
 CONFIG = "config.json"
+#: The field of it that says how many tokens a model was made for.
+CONTEXT = "max_position_embeddings"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 #: Tensors that some exporters write although they are computed: rotary tables.
 COMPUTED = re.compile(r"\.rotary_emb\.")
@@ -196,7 +198,7 @@ def save_params(
         (folder / f"{number}.part").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / INDEX, index)
+    write_json(folder / INDEX, index)
 
 
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
@@ -223,7 +225,7 @@ def export(
         described = dict(config_of(arch) if config is None else config)
         described.pop("torch_dtype", None)
         described["dtype"] = jnp.dtype(dtype).name
-        _write_json(partial / CONFIG, described)
+        write_json(partial / CONFIG, described)
         for name, content in (files or {}).items():
             (partial / name).write_bytes(content)
         save_params(partial, params, arch, dtype=dtype)
@@ -269,24 +271,24 @@ def export_adapters(
         "inference_mode": True,
     }
     with new_folder(folder) as partial:
-        _write_json(partial / "adapter_config.json", described)
+        write_json(partial / "adapter_config.json", described)
         for name, content in (files or {}).items():
             (partial / name).write_bytes(content)
         _save(tensors, partial / "adapter_model.safetensors")
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, field: str = "--to") -> Iterator[Path]:
     """A folder to write into that takes the name `folder` at the end, if nothing was raised.
 
-    Raises UserError where `folder` exists or cannot be made.
+    Raises UserError, naming the `field` that said so, where `folder` exists or cannot be made.
     """
-    check_new(folder)
+    check_new(folder, field)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"--to: cannot write {folder}: {error.strerror}") from error
+        raise UserError(f"{field}: cannot write {folder}: {error.strerror}") from error
     try:
         yield partial
         partial.rename(folder)
@@ -294,17 +296,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_new(folder: Path) -> None:
-    """Raises UserError where an export cannot take this name."""
+def check_new(folder: Path, field: str = "--to") -> None:
+    """Raises UserError, naming the `field`, where no new folder can take this name."""
     try:
         exists = folder.exists()
     except OSError as error:
-        raise UserError(f"--to: {error.strerror}; name another folder") from error
+        raise UserError(f"{field}: {error.strerror}; name another folder") from error
     if exists:
-        raise UserError(f"--to: {folder} exists; name a new folder")
+        raise UserError(f"{field}: {folder} exists; name a new folder")
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A JSON object as a file that people read too."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")
 
@@ -315,13 +318,7 @@ def check_tensors(folder: Path, arch: Architecture) -> TensorFiles:
     Raises one UserError that lists all missing, extra and misshapen ones.
     """
     files = TensorFiles(folder)
-    found, wanted = files.shapes(), {}
-    names = tensor_names(arch)
-    for path, shape in jax.tree.leaves_with_path(abstract_params(arch)):
-        tensor, stacked = names[_name(path)], _name(path).startswith("blocks/")
-        own = shape.shape[1:] if stacked else shape.shape
-        for layer in range(arch.layers if stacked else 1):
-            wanted[tensor.name.format(layer=layer)] = own[::-1] if tensor.transposed else own
+    found, wanted = files.shapes(), stored_shapes(arch)
     extra = {name for name in set(found) - set(wanted) if not COMPUTED.search(name)}
     if arch.tied_embeddings and found.get(HEAD) == wanted[EMBEDDING]:
         extra.discard(HEAD)  # some exporters write the embedding twice
@@ -337,6 +334,18 @@ def check_tensors(folder: Path, arch: Architecture) -> TensorFiles:
     for name in wanted:
         files.dtype(name)
     return files
+
+
+def stored_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Names and shapes on disk of all tensors of a model."""
+    found, names = {}, tensor_names(arch)
+    for path, shape in jax.tree.leaves_with_path(abstract_params(arch)):
+        tensor = names[_name(path)]
+        layered = "{layer}" in tensor.name
+        own = shape.shape[1:] if layered else shape.shape
+        for layer in range(arch.layers if layered else 1):
+            found[tensor.name.format(layer=layer)] = own[::-1] if tensor.transposed else own
+    return found
 
 
 def _check_tied(files: TensorFiles, arch: Architecture) -> None:

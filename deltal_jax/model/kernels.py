@@ -55,6 +55,12 @@ def refusal(kernel: Kernel, dtype: DTypeLike, head_dim: int) -> str | None:
     return None
 
 
+def check_kernel(kernel: Kernel, dtype: DTypeLike, head_dim: int) -> None:
+    """Raises UserError where `refusal` says why not."""
+    if said := refusal(kernel, dtype, head_dim):
+        raise UserError(f"model.attention: {said}; set it to auto or xla")
+
+
 def _cudnn_head_dim() -> int:
     """The largest head_dim that cuDNN takes on the GPU here."""
     if jax.default_backend() != "gpu":
@@ -79,11 +85,12 @@ def attend(
     key-value heads are repeated. Raises UserError where the kernel does not serve the type or the
     head_dim, or is not of this platform.
     """
-    said = refusal(kernel, q.dtype, q.shape[-1])
-    if said is None and kernel == "cudnn" and jax.default_backend() != "gpu":
-        said = f"cudnn needs a GPU, and JAX runs on {jax.default_backend()} here"
-    if said is not None:
-        raise UserError(f"model.attention: {said}; set it to auto or xla")
+    check_kernel(kernel, q.dtype, q.shape[-1])
+    if kernel == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(
+            f"model.attention: cudnn needs a GPU, and JAX runs on {jax.default_backend()} here; "
+            "set it to auto or xla"
+        )
 
     def call(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
         if kernel == "cudnn":

@@ -308,9 +308,12 @@ class Transformer(nnx.Module):
         `apart`: the parameters of each layer, where `take_apart` has been called before: a program
         of one step would copy them all out of the stack.
         """
+        graphdef, stacked = nnx.split(self.blocks)
+        if apart is None:
+            apart = take_apart(stacked, self.arch.layers)
         x, layers = self.embedded(tokens[:, None]), []
-        for block, layer, local in zip(self._unstacked(apart), cache, self._local(), strict=True):
-            x, layer = block.step(x, positions[:, None], layer, local)
+        for own, layer, local in zip(apart, cache, self._local(), strict=True):
+            x, layer = nnx.merge(graphdef, own).step(x, positions[:, None], layer, local)
             layers.append(layer)
         return self.logits(self.norm(x[:, 0])), tuple(layers)
 
@@ -319,12 +322,6 @@ class Transformer(nnx.Module):
         arch = self.arch
         dtype = jnp.dtype(self._compute_dtype())
         return init_cache(arch.layers, slots, arch.kv_heads, time, arch.head_dim, dtype)
-
-    def _unstacked(self, apart: Sequence[Any] | None = None) -> list[Block]:
-        graphdef, stacked = nnx.split(self.blocks)
-        if apart is None:
-            apart = take_apart(stacked, self.arch.layers)
-        return [nnx.merge(graphdef, layer) for layer in apart]
 
 
 def take_apart(stacked: Any, layers: int) -> list[Any]:
@@ -376,12 +373,16 @@ def cast_weights(graphdef: nnx.GraphDef, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
+def matrix_size(arch: Architecture) -> int:
+    """Numbers in the matrices of one layer."""
+    heads, kv_heads = (count * arch.head_dim for count in (arch.heads, arch.kv_heads))
+    return arch.d_model * (2 * heads + 2 * kv_heads + 3 * arch.d_ff)
+
+
 def attention_work(arch: Architecture) -> float:
     """What each column of a row adds to the work of a token, relative to that of its matrix
     products with the parameters of the layers."""
-    heads, kv_heads = (count * arch.head_dim for count in (arch.heads, arch.kv_heads))
-    linear = arch.d_model * (2 * heads + 2 * kv_heads + 3 * arch.d_ff)
-    return 2 * heads / linear
+    return 2 * arch.heads * arch.head_dim / matrix_size(arch)
 
 
 def make_graphdef(arch: Architecture) -> nnx.GraphDef:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, UInt32
+from jaxtyping import Array
 
 from deltal_jax.errors import UserError
 from deltal_jax.model.precision import ROUND_ALIKE
@@ -32,7 +32,7 @@ from deltal_jax.parallel.sharding import (
 )
 from deltal_jax.rollout.checks import check_memory, check_request
 from deltal_jax.rollout.results import Results, assemble, stats
-from deltal_jax.rollout.sampling import sample, stream_keys, uniforms
+from deltal_jax.rollout.sampling import stream_keys
 from deltal_jax.rollout.schedule import RolloutStats
 from deltal_jax.rollout.slots import (
     Queue,
@@ -41,6 +41,7 @@ from deltal_jax.rollout.slots import (
     Status,
     Store,
     compact,
+    draw,
     empty_slots,
     resize,
     run,
@@ -119,7 +120,7 @@ class Engine:
         self._join = jax.jit(functools.partial(_join, self.shards))
         self._empty = jax.jit(self._make_empty, static_argnums=(1, 2))
         self._weights = jax.jit(self._prepare)
-        self._draw = jax.jit(functools.partial(_draw_one, options))
+        self._draw = jax.jit(functools.partial(draw, options))
         self._decode = alike(
             lambda params, layers, tokens, positions, cache: nnx.merge(graphdef, params).decode(
                 tokens, positions, cache, layers
@@ -230,10 +231,11 @@ class Engine:
             longest = int(status.longest)
             if status.drained and longest < window:
                 return slots
-            last = few and not queue.more[0] and slots.taken[0] == queue.count[0]
-            if last and status.live <= few:
+            if few and status.last and status.live <= few:
                 slots = self._compact(slots, half)
-            slots = self._resize(slots, _fitting(windows, max(longest + 1, prompt)))
+            wanted = _fitting(windows, max(longest + 1, prompt))
+            if wanted != window:
+                slots = self._resize(slots, wanted)
 
     def _windows(self, prompts: Prompts) -> list[int]:
         """The widths that the cache may have, ascending."""
@@ -248,7 +250,7 @@ class Engine:
         there = pool >= 0
         lengths = np.where(there, np.asarray(prompts.lengths)[pool], 1).astype(np.int32)
         tokens = np.where(there[..., None], np.asarray(prompts.tokens)[pool], 0).astype(np.int32)
-        width = _doubled(int(lengths.max()), NARROWEST_PROMPT)
+        width = doubled(int(lengths.max()), NARROWEST_PROMPT)
         size, given = tokens.shape[1:]
         tokens = np.pad(tokens, ((0, 0), (0, 0), (0, max(0, width - given))))[:, :, :width]
         rows = max(1, min(size, PREFILL_TOKENS // width))
@@ -304,7 +306,7 @@ class Engine:
         Prompts of several widths share one compiled decoding where `cache_length` is the same; None
         is what prompt and response may need.
         """
-        (raw_key,) = stream_keys(
+        keys = stream_keys(
             key, jnp.asarray(step), jnp.asarray(round_), jnp.asarray(prompts.positions), 1
         )
         length = int(prompts.lengths[0])
@@ -317,7 +319,7 @@ class Engine:
         for count in range(self.options.max_response_length):
             at = jnp.asarray([token]), jnp.asarray([length - 1 + count])
             logits, cache = self._decode(params, layers, *at, cache)
-            token = int(self._draw(logits, raw_key, jnp.asarray(count))[0])
+            token = int(self._draw(logits, keys, jnp.asarray([count]))[0][0])
             yield token
             if token in self.options.eos_ids:
                 return
@@ -341,22 +343,8 @@ def _join(shards: int, *parts: Array) -> Array:
     return jnp.concatenate(apart, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
-def _doubled(least: int, first: int) -> int:
+def doubled(least: int, first: int) -> int:
     """The first of first, 2·first, 4·first, … that is no smaller than `least`."""
     while first < least:
         first *= 2
     return first
-
-
-def _draw_one(
-    options: SamplingOptions, logits: Array, key: UInt32[Array, " 2"], count: Array
-) -> Array:
-    """The next token of one response."""
-    return sample(
-        logits,
-        uniforms(key[None], count[None]),
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-    )[0]

@@ -160,14 +160,11 @@ def run(
     model = nnx.merge(graphdef, params)
     window = window_of(slots)
 
-    def longest(slots: Slots) -> Array:
-        return jnp.max(jnp.where(slots.live, slots.position, -1))
-
     def waiting(slots: Slots) -> Array:
         return slots.taken[0] < queue.count[0]
 
     def fits(slots: Slots) -> Array:
-        end = longest(slots)
+        end = _longest(slots)
         last = ~(waiting(slots) | queue.more[0])
         many = ~last | (jnp.sum(slots.live) > few)
         return (end < window) & (((end >= narrow) & many) | ~jnp.any(slots.live))
@@ -199,6 +196,7 @@ class Status:
 
     longest: Int[Array, ""]  # position of its next token; -1 where none is live
     live: Int[Array, ""]  # of the device that has most
+    last: Bool[Array, ""]  # whether nothing is left to begin
     drained: Bool[Array, ""]
 
 
@@ -206,12 +204,19 @@ def status_of(queue: Queue, slots: Slots) -> Status:
     """Of the slots of all devices together."""
     shards = slots.taken.shape[0]
     live = slots.live.reshape(shards, -1)
+    taken = slots.taken >= queue.count
     done = jnp.where(queue.more, ~jnp.all(live, axis=1), ~jnp.any(live, axis=1))
     return Status(
-        longest=jnp.max(jnp.where(slots.live, slots.position, -1)),
+        longest=_longest(slots),
         live=jnp.max(jnp.sum(live, axis=1)),
-        drained=jnp.all(done & (slots.taken >= queue.count)),
+        last=jnp.all(taken & ~queue.more),
+        drained=jnp.all(taken & done),
     )
+
+
+def _longest(slots: Slots) -> Int[Array, ""]:
+    """Position of the next token of the longest live response; -1 where none is live."""
+    return jnp.max(jnp.where(slots.live, slots.position, -1))
 
 
 def _admit(store: Store, queue: Queue, slots: Slots) -> Slots:
@@ -253,14 +258,7 @@ def _record(
     options: SamplingOptions, slots: Slots, logits: Float[Array, "S V"], queued: Bool[Array, ""]
 ) -> Slots:
     """Draw a token for each live slot and write it down; a slot that ends becomes free."""
-    drawn, logprob = sample(
-        logits,
-        uniforms(slots.keys, slots.count),
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-    )
+    drawn, logprob = draw(options, logits, slots.keys, slots.count)
     rows = jnp.where(slots.live, slots.row, slots.tokens.shape[0])  # out of range: dropped
     at = (rows, slots.count)
     is_end = jnp.isin(drawn, jnp.asarray(options.eos_ids, jnp.int32))
@@ -281,6 +279,23 @@ def _record(
         raw_logprobs=raw,
         lengths=slots.lengths.at[rows].set(count, mode="drop"),
         ended=slots.ended.at[rows].set(is_end, mode="drop"),
+    )
+
+
+def draw(
+    options: SamplingOptions,
+    logits: Float[Array, "S V"],
+    keys: UInt32[Array, "S 2"],
+    counts: Int[Array, " S"],
+) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
+    """The next token of each response, of which it has so many, and its log-probability."""
+    return sample(
+        logits,
+        uniforms(keys, counts),
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
     )
 
 

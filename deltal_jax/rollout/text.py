@@ -16,9 +16,9 @@ import numpy as np
 from deltal_jax.data.tokenizer import GENERATION_CONFIG, Tokenizer, read_tokenizer
 from deltal_jax.errors import UserError
 from deltal_jax.model.families import architecture_of
-from deltal_jax.model.huggingface import check_vocabulary, load_params, read_config
+from deltal_jax.model.huggingface import CONTEXT, check_vocabulary, load_params, read_config
 from deltal_jax.model.transformer import Architecture, make_graphdef
-from deltal_jax.rollout.engine import Engine, SamplingOptions
+from deltal_jax.rollout.engine import Engine, SamplingOptions, doubled
 from deltal_jax.types import Prompts
 
 #: Prompts are padded to a power of two, so that few widths are compiled; no narrower than this.
@@ -44,7 +44,7 @@ class Checkpoint:
         if self.context is not None and len(ids) >= self.context:
             raise UserError(
                 f"--prompt: {len(ids)} tokens leave no room for a response in the model's context "
-                f"of {self.context} (max_position_embeddings)"
+                f"of {self.context} ({CONTEXT})"
             )
 
 
@@ -53,7 +53,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = read_config(folder)
     architecture, tokenizer = architecture_of(config), read_tokenizer(folder)
     check_vocabulary(architecture, tokenizer.vocab_size)
-    context = config.get("max_position_embeddings")
+    context = config.get(CONTEXT)
     return Checkpoint(folder, architecture, tokenizer, context, _temperature(tokenizer))
 
 
@@ -156,7 +156,7 @@ class Writer:
         """
         self.checkpoint.check_prompt(ids)
         room = (self.checkpoint.context or math.inf) - len(ids)
-        width = max(NARROWEST, _power_of_two(len(ids)))
+        width = doubled(len(ids), NARROWEST)
         prompts = Prompts(
             tokens=np.pad(np.asarray([ids], np.int32), ((0, 0), (0, width - len(ids)))),
             lengths=np.asarray([len(ids)], np.int32),
@@ -167,12 +167,7 @@ class Writer:
             prompts,
             self._key,
             step=turn,
-            cache_length=_power_of_two(width + self._max_tokens),
+            cache_length=doubled(width + self._max_tokens, NARROWEST),
         )
         limit = int(min(room, self._max_tokens))
         return Response(itertools.islice(tokens, limit), self.checkpoint.tokenizer)
-
-
-def _power_of_two(number: int) -> int:
-    """The least one that is no smaller."""
-    return 1 << (number - 1).bit_length()

@@ -1,8 +1,6 @@
 """From a config to the parts of a run: task, tokenizer, model definition, parameters, engines."""
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,9 @@ from deltal_jax.errors import UserError
 from deltal_jax.model import huggingface
 from deltal_jax.model.families import architecture_of
 from deltal_jax.model.hub import find_checkpoint, pinned
-from deltal_jax.model.kernels import OWN, PACKS, Kernel, default_attention, refusal
+from deltal_jax.model.kernels import OWN, PACKS, Kernel, check_kernel, default_attention
 from deltal_jax.model.lora import LoRA, overlay, trained
-from deltal_jax.model.tensor_files import fingerprint
+from deltal_jax.model.tensor_files import fingerprint, read_object
 from deltal_jax.model.transformer import (
     Architecture,
     abstract_params,
@@ -42,9 +40,6 @@ def _countdown(task: TaskConfig) -> Task:
 
 #: Beside a run's tokenizer, where it has adapters.
 BASE = "base.json"
-#: The field of config.json that says how many tokens a model was made for.
-CONTEXT = "max_position_embeddings"
-
 #: What `task.name` may name.
 TASKS: dict[str, Callable[[TaskConfig], Task]] = {"countdown": _countdown}
 
@@ -92,24 +87,20 @@ def make_setup(config: Config, saved: Path | None = None) -> Setup:
     graphdef = make_graphdef(architecture)
     kept = None
     if saved is not None and architecture.lora is not None:
-        kept = json.loads((saved / BASE).read_text(encoding="utf-8"))
+        kept = read_object(saved / BASE)
     return Setup(config, task, tokenizer, architecture, graphdef, checkpoint_config, kept)
 
 
 def save_model_files(setup: Setup, folder: Path) -> None:
     """Write what `make_setup` reads, so that a run depends on no other folder: the tokenizer's
     files, `config.json`, and of a model beside adapters the fingerprint."""
-    files = setup.tokenizer.files()
-    if setup.checkpoint_config is not None:
-        text = json.dumps(setup.checkpoint_config, indent=2, ensure_ascii=False) + "\n"
-        files[huggingface.CONFIG] = text.encode()
-    if setup.architecture.lora is not None:
-        files[BASE] = (json.dumps(fingerprint(find_base(setup)), indent=2) + "\n").encode()
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir()
-    for name, content in files.items():
-        (partial / name).write_bytes(content)
-    partial.rename(folder)
+    with huggingface.new_folder(folder, "run.dir") as partial:
+        for name, content in setup.tokenizer.files().items():
+            (partial / name).write_bytes(content)
+        if setup.checkpoint_config is not None:
+            huggingface.write_json(partial / huggingface.CONFIG, setup.checkpoint_config)
+        if setup.architecture.lora is not None:
+            huggingface.write_json(partial / BASE, fingerprint(find_base(setup)))
 
 
 def check_setup(setup: Setup, *, weights: bool = True) -> None:
@@ -120,12 +111,12 @@ def check_setup(setup: Setup, *, weights: bool = True) -> None:
     if config.model.path is not None and weights:
         base = dataclasses.replace(setup.architecture, lora=None)
         huggingface.check_tensors(find_base(setup), base)
-    rollout, context = config.rollout, (setup.checkpoint_config or {}).get(CONTEXT)
+    rollout, context = config.rollout, (setup.checkpoint_config or {}).get(huggingface.CONTEXT)
     longest = rollout.max_prompt_length + rollout.max_response_length
     if context is not None and longest > context:
         raise UserError(
             f"rollout.max_response_length: with the prompt up to {longest} tokens, and the model "
-            f"was made for {context} ({CONTEXT})"
+            f"was made for {context} ({huggingface.CONTEXT})"
         )
     problems = [*setup.task.held_out(config.evaluate.problems), setup.task.problem(config.seed, 0)]
     encode_problems(setup, problems)
@@ -192,8 +183,7 @@ def _kernel(config: Config, head_dim: int) -> Kernel:
         raise UserError(
             f"model.attention: {wanted} needs a {platform}, and JAX runs on {here} here"
         )
-    if said := refusal(wanted, dtype, head_dim):
-        raise UserError(f"model.attention: {said}; set it to auto or xla")
+    check_kernel(wanted, dtype, head_dim)
     if packed and wanted not in PACKS:
         raise UserError(f"rl.pack: {wanted} takes one response a row; set it to false")
     return wanted
@@ -256,18 +246,17 @@ def make_update(setup: Setup, phase: str) -> Update:
     return Update(setup.graphdef, optimizer, terms, moment_dtype=options.moment_dtype)
 
 
-def make_engine(
-    setup: Setup, *, temperature: float, slots: int | None = None, training: bool = False
-) -> Engine:
+def make_engine(setup: Setup, *, temperature: float, training: bool = False) -> Engine:
     """A sampler for this model; `training` takes the config's top-k, top-p and min-p too."""
     rollout = setup.config.rollout
+    filters: dict[str, Any] = {}
+    if training:
+        filters = dict(top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p)
     options = SamplingOptions(
-        slots=slots or rollout.slots,
+        slots=rollout.slots,
         max_response_length=rollout.max_response_length,
         eos_ids=setup.tokenizer.eos_ids,
         temperature=temperature,
-        top_k=rollout.top_k if training else None,
-        top_p=rollout.top_p if training else 1.0,
-        min_p=rollout.min_p if training else 0.0,
+        **filters,
     )
     return Engine(setup.graphdef, options)
