@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped, UInt32
 
 
 @jax.tree_util.register_dataclass
@@ -20,6 +20,34 @@ class Prompts:
     lengths: Int[np.ndarray, " P"]
     #: Position of each prompt in the data stream: the counter that sampling randomness is keyed by.
     positions: Int[np.ndarray, " P"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Responses:
+    """Responses to prompts, finished or not, in prompt order; R is the length limit. In host
+    memory."""
+
+    prompts: Prompts
+    #: Row of `prompts` that each response answers, ascending.
+    group_ids: Int[np.ndarray, " B"]
+    #: Of the random numbers of each; fixed when it begins.
+    keys: UInt32[np.ndarray, "B 2"]
+    #: What was sampled so far; 0 elsewhere.
+    tokens: Int[np.ndarray, "B R"]
+    #: Of each token, under the distribution that it was drawn from.
+    logprobs: Float[np.ndarray, "B R"]
+    #: How many tokens were sampled so far.
+    lengths: Int[np.ndarray, " B"]
+    #: Whether the last one is an end-of-sequence token.
+    ended: Bool[np.ndarray, " B"]
+    #: Under softmax(logits); kept where they were asked for.
+    raw_logprobs: Float[np.ndarray, "B R"] | None = None
+
+    @property
+    def finished(self) -> Bool[np.ndarray, " B"]:
+        """Whether nothing is left to sample."""
+        return self.ended | (self.lengths == self.tokens.shape[1])
 
 
 @jax.tree_util.register_dataclass

@@ -11,9 +11,10 @@ import pytest
 from deltal_jax.errors import UserError
 from deltal_jax.model.cache import init_cache
 from deltal_jax.objective.logprobs import token_logprobs
-from deltal_jax.rollout import checks
+from deltal_jax.rollout import checks, pools
 from deltal_jax.rollout import engine as module
 from deltal_jax.rollout.engine import Engine, SamplingOptions
+from deltal_jax.rollout.results import assemble, begin
 from deltal_jax.rollout.sampling import keep
 from deltal_jax.rollout.schedule import ideal_steps
 from deltal_jax.rollout.slots import window_of
@@ -136,7 +137,7 @@ HOSTS = {
 @pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
 def test_pools_and_windows_change_no_id(sampled, host, monkeypatch):
     for name, value in host.items():
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(pools if name == "POOL_PAIRS" else module, name, value)
     graphdef, params = fakes.model(fakes.PLAIN)
     engine = Engine(graphdef, OPTIONS)
     sizes = []
@@ -149,6 +150,52 @@ def test_pools_and_windows_change_no_id(sampled, host, monkeypatch):
     assert stats.useful_steps == other.response_lengths.sum()
     assert stats.slot_steps == stats.ideal_slot_steps
     assert bool(sizes) is ("NARROWEST" in host)
+
+
+@pytest.mark.parametrize("needed", [1, 3])
+def test_what_was_begun_goes_on_where_it_stood(sampled, needed):
+    """In two goes, the second with what the first left unfinished: the same as in one."""
+    graphdef, params = fakes.model(fakes.PLAIN)
+    engine = Engine(graphdef, OPTIONS)
+    none = begin(OPTIONS, fakes.prompts(5), KEY, samples=3, step=2)
+    some, first = engine.sample(params, none, needed=needed)
+    assert some.finished[: 3 * needed].all() and not some.finished.all()
+    assert (some.lengths[~some.finished] > 0).any()
+    every, second = engine.sample(params, some)
+    got, want = assemble(every), sampled[0]
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_array_equal(got.truncated, want.truncated)
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
+    # What was there stays as it was, to the bit.
+    before = np.arange(12) < some.lengths[:, None]
+    np.testing.assert_array_equal(every.logprobs[before], some.logprobs[before])
+    assert first.useful_steps == some.lengths.sum()
+    assert second.useful_steps == (every.lengths - some.lengths).sum()
+    again, nothing = engine.sample(params, every)
+    np.testing.assert_array_equal(again.tokens, every.tokens)
+    assert nothing.slot_steps == 0
+
+
+def test_tokens_that_other_parameters_sampled_keep_their_logprobs():
+    """The prefix is scored by the old parameters, the rest by the new ones."""
+    graphdef, old = fakes.model(fakes.PLAIN)
+    new = jax.tree.map(lambda x: x * 1.1 if x.ndim > 1 else x, old)
+    engine = Engine(graphdef, OPTIONS)
+    some, _ = engine.sample(old, begin(OPTIONS, fakes.prompts(5), KEY, samples=3, step=2), needed=1)
+    every, _ = engine.sample(new, some)
+    rollout = assemble(every)
+    scored = [
+        np.asarray(
+            token_logprobs(jnp.asarray(logits[:, :-1]), jnp.asarray(rollout.tokens[:, 1:]))[0]
+        )
+        for logits in (fakes.forward(fakes.PLAIN, p, rollout.tokens) for p in (old, new))
+    ]
+    at = np.arange(rollout.tokens.shape[1] - 1) + 1 - rollout.prompt_lengths[:, None]
+    want = np.where(at < some.lengths[:, None], *scored)
+    mask = rollout.loss_mask[:, 1:]
+    np.testing.assert_allclose(rollout.logprobs[:, 1:][mask], want[mask], atol=1e-5)
+    carried = ~some.finished & (some.lengths > 0)
+    assert carried.any() and (np.abs(scored[0] - scored[1])[mask] > 1e-3).mean() > 0.5
 
 
 def test_slots_that_idle_in_the_tail_are_given_up():

@@ -10,7 +10,9 @@ from deltal_jax.errors import UserError
 from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.parallel.sharding import parameter_shardings
 from deltal_jax.rollout import engine as module
+from deltal_jax.rollout import pools
 from deltal_jax.rollout.engine import Engine, SamplingOptions
+from deltal_jax.rollout.results import assemble, begin
 from tests import fakes
 from tests.processes import run_processes
 
@@ -46,7 +48,7 @@ def test_the_ids_on_a_mesh_are_those_of_one_device(sizes):
 def test_pools_and_windows_on_a_mesh_change_no_id(seed, monkeypatch):
     """Devices that run out of work, or of room, at different times: none waits for ever."""
     monkeypatch.setattr(module, "NARROWEST", 8)
-    monkeypatch.setattr(module, "POOL_PAIRS", 2)
+    monkeypatch.setattr(pools, "POOL_PAIRS", 2)
     graphdef, params = fakes.model(fakes.PLAIN)
     options = SamplingOptions(slots=4, max_response_length=58, eos_ids=(3, 5, 7, 9))
     mesh = make_mesh(2, 1, 1, devices=jax.devices()[:2])
@@ -55,6 +57,20 @@ def test_pools_and_windows_on_a_mesh_change_no_id(seed, monkeypatch):
         Engine(graphdef, options, mesh=on).generate(params, fakes.prompts(48), key, samples=1)[0]
         for on in (None, mesh)
     )
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
+
+
+def test_what_was_begun_goes_on_with_the_same_ids_on_a_mesh(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 3)
+    graphdef, params = fakes.model(fakes.PLAIN)
+    mesh = make_mesh(2, 1, 1, devices=jax.devices()[:2])
+    engine = Engine(graphdef, dataclasses.replace(OPTIONS, slots=4), mesh=mesh)
+    none = begin(OPTIONS, fakes.prompts(5), KEY, samples=3, step=2)
+    some, _ = engine.sample(params, none, needed=2)
+    assert some.finished[:6].all() and not some.finished.all()
+    got = assemble(engine.sample(params, some)[0])
+    want, _ = sampled(5)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
 

@@ -9,7 +9,6 @@ samples. Log-probabilities and masks come from the sampler, never from a guess a
 import bisect
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,7 +30,8 @@ from deltal_jax.parallel.sharding import (
     row_shards,
 )
 from deltal_jax.rollout.checks import check_memory, check_request
-from deltal_jax.rollout.results import Results, assemble, stats
+from deltal_jax.rollout.pools import Plan, Pool, make_plan
+from deltal_jax.rollout.results import Written, assemble, begin, merge, stats
 from deltal_jax.rollout.sampling import stream_keys
 from deltal_jax.rollout.schedule import RolloutStats
 from deltal_jax.rollout.slots import (
@@ -48,7 +48,7 @@ from deltal_jax.rollout.slots import (
     status_of,
     window_of,
 )
-from deltal_jax.types import Prompts, Rollout
+from deltal_jax.types import Prompts, Responses, Rollout
 
 #: Caches are as wide as the longest prompt and response may need, or a half of that, a quarter, …,
 #: but no narrower than this.
@@ -59,8 +59,8 @@ FEWEST = 4
 LONG_TAIL = 4
 #: Prompts are prefilled in widths that double, from this on.
 NARROWEST_PROMPT = 32
-#: Pairs that a pool of prompts has for each slot: enough to be decoding most of the time.
-POOL_PAIRS = 4
+#: Steps between two looks at whether all that is needed is there, on a mesh.
+CHUNK = 64
 #: Prompt tokens that are prefilled at once.
 PREFILL_TOKENS = 8192
 
@@ -94,7 +94,7 @@ class Engine:
             decode_queue = jax.shard_map(
                 decode_queue,
                 mesh=mesh,
-                in_specs=(whole, whole, rows, rows, rows, whole, whole),
+                in_specs=(whole, whole, rows, rows, rows, whole, whole, whole),
                 out_specs=rows,
                 axis_names=set(ROW_AXES),
                 check_vma=False,  # loops of different lengths on each device
@@ -106,10 +106,9 @@ class Engine:
             store: Store,
             queue: Queue,
             slots: Slots,
-            narrow: Array,
-            few: Array,
+            *bounds: Array,
         ) -> tuple[Slots, Status]:
-            slots = decode_queue(params, layers, store, queue, slots, narrow, few)
+            slots = decode_queue(params, layers, store, queue, slots, *bounds)
             status = status_of(queue, slots)
             return slots, status if mesh is None else self._whole(status)
 
@@ -176,30 +175,49 @@ class Engine:
         compiled, for an empty or too long prompt, an unknown stop id, or slots whose cache would
         not fit into the device's memory.
         """
+        self._check(params, prompts, samples)
+        responses = begin(self.options, prompts, key, samples=samples, step=step, round_=round_)
+        responses, stats = self.sample(params, responses)
+        return assemble(responses), stats
+
+    def sample(
+        self, params: Any, responses: Responses, *, needed: int | None = None
+    ) -> tuple[Responses, RolloutStats]:
+        """Go on with every response until those to the first `needed` prompts are finished; None:
+        all. Others may be unfinished then.
+
+        Each begins in its turn, those that were begun before first. What was sampled before stays
+        as it is, log-probabilities included; the cache is computed anew, by `params`. Raises
+        UserError as `generate` does.
+        """
+        prompts = responses.prompts
+        self._check(params, prompts, samples=1)
+        wanted = len(prompts.lengths) if needed is None else needed
+        plan = make_plan(responses, wanted, self.shards, self.options.slots // self.shards)
+        longest = [int(pool.lengths.max()) for pool in plan.pools]
+        windows = self._windows(prompts)
+        params, layers = self._weights(params)
+        slots = self._empty(params, _fitting(windows, max(longest, default=1)), plan.rows.size)
+        slots = dataclasses.replace(slots, owed=self._place(plan.needed))
+        # On a mesh none stops by itself: others may have long ones to finish.
+        steps = CHUNK if self.shards > 1 and wanted < len(prompts.lengths) else 0
+        for number, pool in enumerate(plan.pools if plan.needed.any() else ()):
+            store = self._store(params, pool)
+            queue = self._queue(pool, plan, more=pool is not plan.pools[-1])
+            slots = dataclasses.replace(slots, taken=self._place(np.zeros(self.shards, np.int32)))
+            slots, over = self._drain(
+                params, layers, store, queue, slots, windows, max(longest[number:]), steps
+            )
+            if over:
+                break
+        written = self._fetch(slots)
+        after = merge(responses, plan.rows.reshape(-1), written)
+        return after, stats(written, after.lengths - responses.lengths, self.options.slots)
+
+    def _check(self, params: Any, prompts: Prompts, samples: int) -> None:
         arch = nnx.merge(self._graphdef, jax.eval_shape(lambda x: x, params)).arch
         check_request(self.options, arch, prompts, samples)
         check_memory(self.options, arch, prompts.tokens.shape[1], self.shards)
-        counters = jnp.asarray(step), jnp.asarray(round_)
-        keys = np.asarray(
-            stream_keys(key, *counters, jnp.asarray(prompts.positions), samples), np.uint32
-        )
-        params, layers = self._weights(params)
-        count, windows = len(prompts.lengths), self._windows(prompts)
-        each = -(-count // self.shards)  # prompts of a device
-        size = math.ceil(POOL_PAIRS * self.options.slots / self.shards / samples)
-        size = min(each, max(1, size))
-        longest = int(np.max(prompts.lengths))
-        slots = self._empty(params, _fitting(windows, longest), self.shards * each * samples)
-        for first in range(0, each, size):
-            pool = _pool(count, self.shards, each, first, size)
-            store = self._store(params, prompts, pool)
-            queue = self._queue(pool, samples, keys, each, more=first + size < each)
-            slots = dataclasses.replace(slots, taken=self._place(np.zeros(self.shards, np.int32)))
-            slots = self._drain(params, layers, store, queue, slots, windows, longest)
-        results = self._fetch(slots)
-        groups = np.repeat(np.arange(count, dtype=np.int32), samples)
-        lengths = results.lengths[: len(groups)]
-        return assemble(prompts, groups, results), stats(results, lengths, self.options.slots)
 
     def _drain(
         self,
@@ -209,31 +227,36 @@ class Engine:
         queue: Queue,
         slots: Slots,
         windows: list[int],
-        prompt: int,
-    ) -> Slots:
-        """Decode until the queue is empty and a slot is free, or all is done; the cache as wide as
-        it needs to be, and never narrower than the longest prompt."""
+        longest: int,
+        steps: int,
+    ) -> tuple[Slots, bool]:
+        """Decode until the queue is empty and a slot is free, or nothing is owed any more: then
+        also True. The cache is as wide as it needs to be, and never narrower than the longest
+        sequence of this or a later pool; `steps`: see `slots.run`."""
         # On a mesh the devices run out at different times, and would wait for each other. And where
         # many responses share a slot the tail is too short to be worth more programs.
         giving_up = self.mesh is None and slots.lengths.shape[0] <= LONG_TAIL * self.options.slots
+        limit = jnp.asarray(steps, jnp.int32)
         while True:
             window = window_of(slots)
             # Two sizes down, or a response of a length in between would have it change to and fro.
             below = next((w for w in reversed(windows) if w <= window // 4), 0)
             # On a mesh one device alone must not stop for it: the longest is another's.
-            narrower = self.mesh is None and below > prompt
+            narrower = self.mesh is None and below > longest
             narrow = jnp.asarray(below if narrower else -1, jnp.int32)
             half = slots.live.shape[0] // 2
             few = half if giving_up and half >= FEWEST else 0
             slots, status = self._run(
-                params, layers, store, queue, slots, narrow, jnp.asarray(few, jnp.int32)
+                params, layers, store, queue, slots, narrow, jnp.asarray(few, jnp.int32), limit
             )
-            longest = int(status.longest)
-            if status.drained and longest < window:
-                return slots
+            if status.owed == 0:
+                return slots, True
+            end = int(status.longest)
+            if status.drained and end < window:
+                return slots, False
             if few and status.last and status.live <= few:
                 slots = self._compact(slots, half)
-            wanted = _fitting(windows, max(longest + 1, prompt))
+            wanted = _fitting(windows, max(end + 1, longest))
             if wanted != window:
                 slots = self._resize(slots, wanted)
 
@@ -244,52 +267,41 @@ class Engine:
             widths.append(widths[-1] // 2)
         return widths[::-1]
 
-    def _store(self, params: Any, prompts: Prompts, pool: np.ndarray) -> Store:
-        """Prefill the prompts of a pool, Int[devices size], −1 where there is none; a few at once,
-        as wide as the widest of them needs."""
-        there = pool >= 0
-        lengths = np.where(there, np.asarray(prompts.lengths)[pool], 1).astype(np.int32)
-        tokens = np.where(there[..., None], np.asarray(prompts.tokens)[pool], 0).astype(np.int32)
-        width = doubled(int(lengths.max()), NARROWEST_PROMPT)
-        size, given = tokens.shape[1:]
-        tokens = np.pad(tokens, ((0, 0), (0, 0), (0, max(0, width - given))))[:, :, :width]
+    def _store(self, params: Any, pool: Pool) -> Store:
+        """Prefill the sequences of a pool, a few at once, as wide as the longest of them needs."""
+        size, longest = pool.tokens.shape[1:]
+        width = doubled(longest, NARROWEST_PROMPT)
         rows = max(1, min(size, PREFILL_TOKENS // width))
-        tokens = np.pad(tokens, ((0, 0), (0, -size % rows), (0, 0)))
+        extra = (0, -size % rows)
+        tokens = np.pad(pool.tokens, ((0, 0), extra, (0, width - longest)))
         parts = [
             self._prefill(params, self._place(part.reshape(-1, width)))
             for part in np.split(tokens, tokens.shape[1] // rows, axis=1)
         ]
         cache = parts[0] if len(parts) == 1 else jax.tree.map(self._join, *parts)
-        last = np.take_along_axis(tokens[:, :size], lengths[..., None] - 1, axis=2)[..., 0]
-        extra = ((0, 0), (0, -size % rows))
-        placed = (self._place(np.pad(x, extra).reshape(-1)) for x in (last, lengths))
+        last = np.take_along_axis(pool.tokens, pool.lengths[..., None] - 1, axis=2)[..., 0]
+        placed = (self._place(np.pad(x, ((0, 0), extra)).reshape(-1)) for x in (last, pool.lengths))
         return Store(cache, *placed)
 
-    def _queue(
-        self, pool: np.ndarray, samples: int, keys: np.ndarray, each: int, *, more: bool
-    ) -> Queue:
-        """All samples of the prompts of a pool, prompts first. Rows of results are a device's
-        own."""
-        shards, size = pool.shape
-        prompt = np.repeat(np.arange(size, dtype=np.int32), samples)
-        pair = pool[:, prompt] * samples + np.tile(np.arange(samples), size)
-        row = pair - np.arange(shards)[:, None] * each * samples
-        counts = np.sum(pool >= 0, axis=1) * samples
+    def _queue(self, pool: Pool, plan: Plan, *, more: bool) -> Queue:
+        """The responses that continue the sequences of a pool, on their devices."""
         return Queue(
-            prompt=self._place(np.tile(prompt, shards)),
-            row=self._place(row.reshape(-1).astype(np.int32)),
-            keys=self._place(keys[pair.reshape(-1)]),
-            count=self._place(counts.astype(np.int32)),
-            more=self._place(np.full(shards, more)),
+            prompt=self._place(pool.sequence.reshape(-1)),
+            row=self._place(pool.row.reshape(-1)),
+            keys=self._place(pool.keys.reshape(-1, 2)),
+            begun=self._place(pool.begun.reshape(-1)),
+            count=self._place(pool.counts),
+            needed=self._place(plan.needed),
+            more=self._place(np.full(self.shards, more)),
         )
 
-    def _fetch(self, slots: Slots) -> Results:
+    def _fetch(self, slots: Slots) -> Written:
         """What was written, in host memory."""
-        names = [field.name for field in dataclasses.fields(Results)]
+        names = [field.name for field in dataclasses.fields(Written)]
         found = {name: getattr(slots, name) for name in names}
         if self.mesh is not None:
             found = jax.jit(self._whole)(found)
-        return Results(**jax.tree.map(np.asarray, found))
+        return Written(**jax.tree.map(np.asarray, found))
 
     def stream(
         self,
@@ -328,13 +340,6 @@ class Engine:
 def _fitting(windows: list[int], tokens: int) -> int:
     """The narrowest that has room for one token more."""
     return windows[bisect.bisect_right(windows, tokens)]
-
-
-def _pool(count: int, shards: int, each: int, first: int, size: int) -> np.ndarray:
-    """The prompts `first` … of each device, Int[shards size]; −1 where there is none."""
-    own = np.arange(first, first + size)
-    numbers = np.arange(shards)[:, None] * each + own[None, :]
-    return np.where((own < each) & (numbers < count), numbers, -1)
 
 
 def _join(shards: int, *parts: Array) -> Array:

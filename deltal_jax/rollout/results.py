@@ -1,18 +1,24 @@
-"""From what the slots wrote to a rollout."""
+"""Responses: before anything is sampled, between two times of sampling, and as a rollout."""
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
+from deltal_jax.rollout.sampling import stream_keys
 from deltal_jax.rollout.schedule import RolloutStats, ideal_steps
-from deltal_jax.rollout.slots import Counts
-from deltal_jax.types import Prompts, Rollout
+from deltal_jax.rollout.slots import Counts, SamplingOptions
+from deltal_jax.types import Prompts, Responses, Rollout
+
+#: Fields of `Responses` that sampling adds to.
+SAMPLED = ("tokens", "logprobs", "raw_logprobs", "lengths", "ended")
 
 
 @dataclasses.dataclass(frozen=True)
-class Results:
-    """What has been written, in host memory: fields of `Slots`."""
+class Written:
+    """What the slots have written, in host memory: fields of `Slots`."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
@@ -22,42 +28,104 @@ class Results:
     counts: Counts
 
 
-def stats(results: Results, lengths: np.ndarray, slots: int) -> RolloutStats:
-    """How full so many slots were for responses of these lengths."""
-    counts = jax.tree.map(lambda x: int(np.sum(x)), results.counts)
+def begin(
+    options: SamplingOptions,
+    prompts: Prompts,
+    key: Array,
+    *,
+    samples: int,
+    step: int = 0,
+    round_: int = 0,
+) -> Responses:
+    """`samples` responses to each prompt, in prompt order, of which nothing is sampled yet."""
+    groups = np.repeat(np.arange(len(prompts.lengths), dtype=np.int32), samples)
+    counters = jnp.asarray(step), jnp.asarray(round_), jnp.asarray(prompts.positions)
+    zeros = np.zeros((len(groups), options.max_response_length), np.float32)
+    return Responses(
+        prompts=prompts,
+        group_ids=groups,
+        keys=np.asarray(stream_keys(key, *counters, samples), np.uint32),
+        tokens=zeros.astype(np.int32),
+        logprobs=zeros,
+        lengths=np.zeros(len(groups), np.int32),
+        ended=np.zeros(len(groups), bool),
+        raw_logprobs=zeros if options.raw_logprobs else None,
+    )
+
+
+def take(responses: Responses, groups: Int[np.ndarray, " n"]) -> Responses:
+    """Those to the prompts of these rows, in this order."""
+    rows = [np.flatnonzero(responses.group_ids == group) for group in groups]
+    kept = np.concatenate([np.zeros(0, int), *rows])
+    ids = [np.full(len(of_group), i, np.int32) for i, of_group in enumerate(rows)]
+    prompts = jax.tree.map(lambda x: np.asarray(x)[groups], responses.prompts)
+    part = jax.tree.map(lambda x: x[kept], dataclasses.replace(responses, prompts=None))
+    return dataclasses.replace(
+        part, prompts=prompts, group_ids=np.concatenate([np.zeros(0, np.int32), *ids])
+    )
+
+
+def join(first: Responses, second: Responses) -> Responses:
+    """Those of both, the first's before the second's."""
+    count = np.int32(len(first.prompts.lengths))
+    after = dataclasses.replace(second, group_ids=second.group_ids + count)
+    return jax.tree.map(lambda a, b: np.concatenate([a, b]), first, after)
+
+
+def merge(responses: Responses, rows: Int[np.ndarray, " n"], written: Written) -> Responses:
+    """The responses with the tokens that were sampled now: row i of `written` has those of the
+    response rows[i], each in its place; a length of 0 means that it did not begin. A row of -1 is
+    nobody's."""
+    there = np.flatnonzero((rows >= 0) & (written.lengths > 0))
+    rows = rows[there]
+    sampled = np.arange(responses.tokens.shape[1]) >= responses.lengths[rows, None]
+    changed = {}
+    for name in SAMPLED:
+        old, new = getattr(responses, name), getattr(written, name)
+        if old is None:
+            continue
+        values = new[there]
+        changed[name] = old.copy()
+        changed[name][rows] = np.where(sampled, values, old[rows]) if old.ndim > 1 else values
+    return dataclasses.replace(responses, **changed)
+
+
+def stats(written: Written, new_tokens: Int[np.ndarray, " n"], slots: int) -> RolloutStats:
+    """How full so many slots were for responses that grew by so many tokens."""
+    counts = jax.tree.map(lambda x: int(np.sum(x)), written.counts)
     return RolloutStats(
         slot_steps=counts.slot_steps,
         useful_steps=counts.useful,
         slot_steps_queued=counts.slot_steps_queued,
         useful_steps_queued=counts.useful_queued,
-        ideal_slot_steps=ideal_steps(lengths, slots) * slots,
+        ideal_slot_steps=ideal_steps(new_tokens, slots) * slots,
     )
 
 
-def assemble(prompts: Prompts, groups: np.ndarray, out: Results) -> Rollout:
+def assemble(responses: Responses) -> Rollout:
     """Join prompts and responses into rows without padding between them."""
-    B = len(groups)  # what follows belongs to no prompt
-    response, counts = out.tokens[:B], out.lengths[:B]
+    prompts, groups, counts = responses.prompts, responses.group_ids, responses.lengths
     prompt_lengths = np.asarray(prompts.lengths)[groups]
-    R = response.shape[1]
+    R = responses.tokens.shape[1]
     width = prompts.tokens.shape[1] + R
     at = np.arange(width)[None, :] - prompt_lengths[:, None]
     mask = (at >= 0) & (at < counts[:, None])
     index = np.clip(at, 0, R - 1)
 
     def placed(values: np.ndarray) -> np.ndarray:
-        return np.where(mask, np.take_along_axis(values[:B], index, axis=1), np.float32(0))
+        return np.where(mask, np.take_along_axis(values, index, axis=1), np.float32(0))
 
-    tokens = np.zeros((B, width), np.int32)
+    tokens = np.zeros((len(groups), width), np.int32)
     tokens[:, : prompts.tokens.shape[1]] = np.asarray(prompts.tokens)[groups]
-    tokens = np.where(at >= 0, np.take_along_axis(response, index, axis=1), tokens)
+    tokens = np.where(at >= 0, np.take_along_axis(responses.tokens, index, axis=1), tokens)
+    raw = responses.raw_logprobs
     return Rollout(
         tokens=np.where(at < counts[:, None], tokens, 0),
         prompt_lengths=prompt_lengths,
         lengths=(prompt_lengths + counts).astype(np.int32),
         loss_mask=mask,
-        logprobs=placed(out.logprobs),
-        truncated=~out.ended[:B],
+        logprobs=placed(responses.logprobs),
+        truncated=~responses.ended,
         group_ids=groups,
-        raw_logprobs=None if out.raw_logprobs is None else placed(out.raw_logprobs),
+        raw_logprobs=None if raw is None else placed(raw),
     )

@@ -3,7 +3,7 @@
 A pure function of its state: `run` admits (prompt, sample) pairs from a queue into free slots,
 decodes until the host has something to do, and returns. A response begins with the last token of
 its prompt, whose other tokens are in the prompt's prefilled cache, so that each of its tokens comes
-from one decoding step.
+from one decoding step. One that was begun before has its first tokens there too.
 """
 
 import dataclasses
@@ -51,7 +51,9 @@ class Queue:
     prompt: Int[Array, " N"]  # row of the store
     row: Int[Array, " N"]  # row of the results
     keys: UInt32[Array, "N 2"]
+    begun: Int[Array, " N"]  # response tokens that are in the store already
     count: Int[Array, " 1"]  # pairs; what follows them is padding
+    needed: Int[Array, " 1"]  # rows of the results, from the first on, that must be finished
     more: Bool[Array, " 1"]  # whether another queue comes
 
 
@@ -82,6 +84,7 @@ class Slots:
     live: Bool[Array, " S"]
     cache: Cache
     taken: Int[Array, " 1"]  # pairs of the queue that have begun
+    owed: Int[Array, " 1"]  # responses that must be finished and are not
     counts: Counts
     tokens: Int[Array, "B R"]
     logprobs: Float[Array, "B R"]
@@ -107,6 +110,7 @@ def empty_slots(
         live=jnp.zeros(S, bool),
         cache=model.empty_cache(S, window),
         taken=zero,
+        owed=zero,
         counts=Counts(zero, zero, zero, zero),
         tokens=jnp.zeros((rows, R), jnp.int32),
         logprobs=results,
@@ -152,13 +156,16 @@ def run(
     slots: Slots,
     narrow: Int[Array, ""],
     few: Int[Array, ""],
+    steps: Int[Array, ""],
 ) -> Slots:
     """Decode until the host has something to do: a live slot has no room for its next token; all
     live ones would fit in `narrow` tokens; a slot is free, the queue is empty and more comes; no
-    more comes and at most `few` slots are live; or all is done. `layers` are the parameters of each
+    more comes and at most `few` slots are live; nothing is owed; or all is done. Where `steps` is
+    not 0 so many steps are the limit, and not what is owed. `layers` are the parameters of each
     layer, or None to take them from the stack."""
     model = nnx.merge(graphdef, params)
     window = window_of(slots)
+    before = slots.counts.slot_steps[0] // slots.live.shape[0]
 
     def waiting(slots: Slots) -> Array:
         return slots.taken[0] < queue.count[0]
@@ -167,7 +174,9 @@ def run(
         end = _longest(slots)
         last = ~(waiting(slots) | queue.more[0])
         many = ~last | (jnp.sum(slots.live) > few)
-        return (end < window) & (((end >= narrow) & many) | ~jnp.any(slots.live))
+        done = slots.counts.slot_steps[0] // slots.live.shape[0] - before
+        on = jnp.where(steps > 0, done < steps, slots.owed[0] > 0)
+        return on & (end < window) & (((end >= narrow) & many) | ~jnp.any(slots.live))
 
     def decodable(slots: Slots) -> Array:
         """Whether to decode once more: no slot is free, or nothing is there to fill it with."""
@@ -176,7 +185,8 @@ def run(
 
     def step(slots: Slots) -> Slots:
         logits, cache = model.decode(slots.token, slots.position, slots.cache, layers)
-        return _record(options, dataclasses.replace(slots, cache=cache), logits, waiting(slots))
+        slots = dataclasses.replace(slots, cache=cache)
+        return _record(options, queue, slots, logits, waiting(slots))
 
     def turn(slots: Slots) -> Slots:
         return jax.lax.while_loop(decodable, step, _admit(store, queue, slots))
@@ -197,6 +207,7 @@ class Status:
     longest: Int[Array, ""]  # position of its next token; -1 where none is live
     live: Int[Array, ""]  # of the device that has most
     last: Bool[Array, ""]  # whether nothing is left to begin
+    owed: Int[Array, ""]  # responses that must be finished and are not
     drained: Bool[Array, ""]
 
 
@@ -210,6 +221,7 @@ def status_of(queue: Queue, slots: Slots) -> Status:
         longest=_longest(slots),
         live=jnp.max(jnp.sum(live, axis=1)),
         last=jnp.all(taken & ~queue.more),
+        owed=jnp.sum(slots.owed),
         drained=jnp.all(taken & done),
     )
 
@@ -247,7 +259,7 @@ def _admit(store: Store, queue: Queue, slots: Slots) -> Slots:
         keys=take(queue.keys[pair], slots.keys),
         token=take(store.last[prompt], slots.token),
         position=take(store.lengths[prompt] - 1, slots.position),
-        count=take(jnp.zeros_like(slots.count), slots.count),
+        count=take(queue.begun[pair], slots.count),
         live=slots.live | fresh,
         cache=jax.lax.fori_loop(0, count, copy, slots.cache),
         taken=slots.taken + count,
@@ -255,7 +267,11 @@ def _admit(store: Store, queue: Queue, slots: Slots) -> Slots:
 
 
 def _record(
-    options: SamplingOptions, slots: Slots, logits: Float[Array, "S V"], queued: Bool[Array, ""]
+    options: SamplingOptions,
+    queue: Queue,
+    slots: Slots,
+    logits: Float[Array, "S V"],
+    queued: Bool[Array, ""],
 ) -> Slots:
     """Draw a token for each live slot and write it down; a slot that ends becomes free."""
     drawn, logprob = draw(options, logits, slots.keys, slots.count)
@@ -267,12 +283,15 @@ def _record(
     if raw is not None:
         chosen = jnp.take_along_axis(logits, drawn[:, None], axis=-1)[:, 0]
         raw = raw.at[at].set(chosen - jax.nn.logsumexp(logits, axis=-1), mode="drop")
+    live = slots.live & ~is_end & (count < options.max_response_length)
+    paid = slots.live & ~live & (slots.row < queue.needed[0])
     return dataclasses.replace(
         slots,
         token=jnp.where(slots.live, drawn, slots.token),
         position=jnp.where(slots.live, slots.position + 1, slots.position),
         count=count,
-        live=slots.live & ~is_end & (count < options.max_response_length),
+        live=live,
+        owed=slots.owed - jnp.sum(paid, dtype=jnp.int32),
         counts=_counted(slots, queued),
         tokens=slots.tokens.at[at].set(drawn, mode="drop"),
         logprobs=slots.logprobs.at[at].set(logprob, mode="drop"),
