@@ -66,6 +66,13 @@ def test_the_same_ids_for_any_number_of_slots(sampled, slots):
     np.testing.assert_allclose(sampled[0].logprobs, other.logprobs, atol=1e-5)
 
 
+def test_the_same_again_is_the_same_to_the_bit(sampled):
+    graphdef, params = fakes.model(fakes.PLAIN)
+    again, _ = Engine(graphdef, OPTIONS).generate(params, fakes.prompts(5), KEY, samples=3, step=2)
+    np.testing.assert_array_equal(again.tokens, sampled[0].tokens)
+    np.testing.assert_array_equal(again.logprobs, sampled[0].logprobs)
+
+
 def test_a_prompt_samples_the_same_alone_and_among_others(sampled):
     graphdef, params = fakes.model(fakes.PLAIN)
     whole = fakes.prompts(5)
@@ -137,7 +144,7 @@ HOSTS = {
 @pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
 def test_pools_and_windows_change_no_id(sampled, host, monkeypatch):
     for name, value in host.items():
-        monkeypatch.setattr(pools if name == "POOL_PAIRS" else module, name, value)
+        monkeypatch.setattr(pools if hasattr(pools, name) else module, name, value)
     graphdef, params = fakes.model(fakes.PLAIN)
     engine = Engine(graphdef, OPTIONS)
     sizes = []
@@ -239,7 +246,27 @@ def test_the_cache_grows_with_the_longest_live_response_and_shrinks_after_it(mon
     assert any(after < before for before, after in itertools.pairwise(widths))
 
 
-def test_long_tailed_lengths_keep_the_slots_full_while_responses_wait():
+def test_long_tailed_responses_keep_the_slots_full_while_some_wait():
+    """Of a load whose lengths vary by more than twenty times; a prompt's prefill is made once."""
+    graphdef, params = fakes.model(fakes.PLAIN)
+    options = SamplingOptions(slots=8, max_response_length=58, eos_ids=(3, 5))
+    engine, prefilled = Engine(graphdef, options), []
+    prefill = engine._prefill
+    engine._prefill = lambda p, tokens: (prefilled.append(np.asarray(tokens)), prefill(p, tokens))[
+        1
+    ]
+    prompts = fakes.prompts(24)
+    rollout, stats = engine.generate(params, prompts, KEY, samples=4)
+    lengths = rollout.response_lengths
+    low, high = np.percentile(lengths, [5, 95])
+    assert high > 20 * low and len(lengths) == 96
+    assert stats.utilization_queued >= 0.9
+    assert stats.slot_steps <= stats.ideal_slot_steps
+    rows = np.concatenate(prefilled)[:, : prompts.tokens.shape[1]]
+    np.testing.assert_array_equal(rows[rows.any(axis=1)], prompts.tokens)
+
+
+def test_list_scheduling_is_within_the_bounds_of_any_schedule():
     """Lognormal with σ = 1, the limit 32 times the median."""
     lengths = np.clip(np.exp(np.random.default_rng(0).normal(3, 1, 256)), 1, 640).astype(int)
     steps = ideal_steps(lengths, 16)
@@ -301,15 +328,27 @@ def test_what_cannot_be_sampled_is_refused_before_anything_compiles(options, pro
 
 def test_slots_whose_cache_does_not_fit_are_refused_with_how_many_would(monkeypatch):
     graphdef, params = fakes.model(fakes.PLAIN)
-    arch = fakes.PLAIN
-    one = 2 * 4 * arch.layers * arch.kv_heads * arch.head_dim * (6 + OPTIONS.max_response_length)
-    assert (
-        sum(x.nbytes for x in jax.tree.leaves(init_cache(2, 1, 2, 18, 8, jnp.dtype("float32"))))
-        == one
-    )
-    monkeypatch.setattr(checks, "free_memory", lambda: 3 * one + 1)
-    with pytest.raises(UserError, match=r"rollout\.slots: the cache of 4 slots .* 3 slots would"):
-        Engine(graphdef, OPTIONS).generate(params, fakes.prompts(3), KEY, samples=1)
+    memory = checks.sampling_memory(OPTIONS, fakes.PLAIN, params, (3, 6), 2)
+    cache = init_cache(2, OPTIONS.slots, 2, 6 + 12, 8, jnp.dtype("float32"))
+    assert memory["kv_cache"] == sum(x.nbytes for x in jax.tree.leaves(cache))
+    assert memory["sampling_weights"] == sum(x.nbytes for x in jax.tree.leaves(params["blocks"]))
+    prompts = init_cache(2, 3, 2, 32, 8, jnp.dtype("float32"))
+    assert memory["prompt_cache"] == sum(x.nbytes for x in jax.tree.leaves(prompts))
+    assert memory["responses"] == 3 * 2 * 12 * (4 + 4)
+    short = sum(memory.values()) - 1
+    monkeypatch.setattr(checks, "free_memory", lambda devices: short)
+    engine = Engine(graphdef, OPTIONS)
+    with pytest.raises(UserError, match=r"rollout\.slots: sampling with 4 takes .* 3 slots would"):
+        engine.generate(params, fakes.prompts(3), KEY, samples=2)
+    monkeypatch.setattr(checks, "free_memory", lambda devices: short + 1)
+    engine.generate(params, fakes.prompts(3), KEY, samples=2)
+
+
+def test_more_slots_than_this_machine_has_memory_for_are_refused():
+    graphdef, params = fakes.model(fakes.PLAIN)
+    engine = Engine(graphdef, dataclasses.replace(OPTIONS, slots=2**30))
+    with pytest.raises(UserError, match=r"rollout\.slots: sampling with 1073741824 takes"):
+        engine.generate(params, fakes.prompts(3), KEY, samples=1)
 
 
 def test_streaming_gives_the_tokens_of_generate(sampled):

@@ -44,6 +44,17 @@ def test_the_ids_on_a_mesh_are_those_of_one_device(sizes):
     assert stats.useful_steps == want.response_lengths.sum()
 
 
+@pytest.mark.parametrize("knobs", [{"top_k": 3, "raw_logprobs": True}, {"temperature": 0.0}])
+def test_every_knob_does_on_a_mesh_what_it_does_on_one_device(knobs):
+    options = dataclasses.replace(OPTIONS, **knobs)
+    want, _ = sampled(4, options=options)
+    got, _ = sampled(4, make_mesh(2, 1, 2, devices=jax.devices()[:4]), options)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
+    if options.raw_logprobs:
+        np.testing.assert_allclose(got.raw_logprobs, want.raw_logprobs, atol=1e-5)
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_pools_and_windows_on_a_mesh_change_no_id(seed, monkeypatch):
     """Devices that run out of work, or of room, at different times: none waits for ever."""
@@ -85,14 +96,28 @@ def sample_together(sizes):
     """In each of several processes: what each of them gets."""
     rollout, stats = sampled(5, make_mesh(*sizes))
     fields = {name: getattr(rollout, name) for name in ("tokens", "logprobs", "truncated")}
-    return fields | {"steps": stats.slot_steps, "useful": stats.useful_steps}
+    fields |= {"steps": stats.slot_steps, "useful": stats.useful_steps}
+    start = 2 * jax.process_index()
+    own = jax.tree.map(lambda x: x[start : start + 2], fakes.prompts(4))
+    graphdef, params = fakes.model(fakes.PLAIN)
+    engine = Engine(graphdef, OPTIONS, mesh=make_mesh(*sizes))
+    mine, _ = engine.generate(params, own, KEY, samples=3, step=2, own_prompts=True)
+    uneven = fakes.prompts(1 + jax.process_index())
+    with pytest.raises(UserError, match=r"prompts: processes have \[\[1, 6\], \[2, 6\]\]"):
+        engine.generate(params, uneven, KEY, samples=3, own_prompts=True)
+    return fields | {"own_tokens": mine.tokens, "own_groups": mine.group_ids}
 
 
 def test_two_processes_sample_what_one_does():
-    """Two devices in each; slots over data, heads over tensor."""
+    """Two devices in each; slots over data, heads over tensor. All give the same prompts, or each
+    its own."""
     want, _ = sampled(5)
+    four, _ = sampled(4)
     target = "tests.test_engine_on_meshes:sample_together"
-    for found in run_processes(target, count=2, devices_each=2, sizes=[2, 1, 2]):
+    results = run_processes(target, count=2, devices_each=2, sizes=[2, 1, 2])
+    for process, found in enumerate(results):
+        np.testing.assert_array_equal(found["own_tokens"], four.tokens[6 * process :][:6])
+        np.testing.assert_array_equal(found["own_groups"], [0, 0, 0, 1, 1, 1])
         np.testing.assert_array_equal(found["tokens"], want.tokens)
         np.testing.assert_array_equal(found["truncated"], want.truncated)
         np.testing.assert_allclose(found["logprobs"], want.logprobs, atol=1e-5)

@@ -1,12 +1,19 @@
 """What cannot be sampled is refused before anything compiles."""
 
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from deltal_jax.errors import UserError
 from deltal_jax.model.cache import cache_bytes
-from deltal_jax.model.transformer import Architecture
+from deltal_jax.model.transformer import Architecture, cast_weights, make_graphdef
+from deltal_jax.rollout.pools import NARROWEST_PROMPT, POOL_PAIRS, doubled
 from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.types import Prompts
 
@@ -41,25 +48,81 @@ def check_request(
         raise UserError(f"rollout.max_prompt_length: {width}, but a prompt takes {lengths.max()}")
 
 
-def check_memory(
-    options: SamplingOptions, arch: Architecture, prompt_width: int, shards: int = 1
-) -> None:
-    """Raises UserError where a device's part of the widest cache is more than it has free."""
-    free = free_memory()
-    itemsize = jnp.dtype(arch.compute_dtype or "float32").itemsize
-    time = prompt_width + options.max_response_length
-    one = cache_bytes(arch.layers, 1, arch.kv_heads, time, arch.head_dim, itemsize)
-    if free is not None and one * options.slots > free * shards:
-        raise UserError(
-            f"rollout.slots: the cache of {options.slots} slots of {time} tokens takes "
-            f"{one * options.slots / 2**30:.1f} GiB, and {free * shards / 2**30:.1f} GiB are free; "
-            f"{max(free // one, 0) * shards} slots would fit"
-        )
+def sampling_memory(
+    options: SamplingOptions,
+    arch: Architecture,
+    params: Any,
+    prompts: tuple[int, int],
+    samples: int,
+    *,
+    shards: int = 1,
+    tensor: int = 1,
+) -> dict[str, int]:
+    """Bytes that sampling takes on each of `shards` devices, beside the parameters themselves, by
+    part: at most, as if every response ran to the limit. `prompts` is how many and how wide;
+    `params` are arrays or shapes; heads are split over `tensor` devices."""
+    count, width = prompts
+    time, slots = width + options.max_response_length, options.slots // shards
+    heads = arch.kv_heads // tensor if arch.kv_heads % tensor == 0 else arch.kv_heads
+    abstract = jax.eval_shape(lambda x: x, params)
+    cast = jax.eval_shape(functools.partial(cast_weights, make_graphdef(arch)), abstract)
+    before, after = jax.tree.leaves(abstract), jax.tree.leaves(cast)
+    copies = sum(_bytes(b) for a, b in zip(before, after, strict=True) if a.dtype != b.dtype)
+    apart = sum(_bytes(x) for x in jax.tree.leaves(cast["blocks"]))
+    itemsize = jnp.dtype(arch.compute_dtype or before[0].dtype).itemsize
+    cache = functools.partial(
+        cache_bytes, arch.layers, kv_heads=heads, head_dim=arch.head_dim, itemsize=itemsize
+    )
+    each = math.ceil(count / shards)
+    written = 3 if options.raw_logprobs else 2
+    return {
+        "sampling_weights": (copies + apart) // tensor,
+        "kv_cache": cache(slots=slots, time=time),
+        "prompt_cache": cache(
+            slots=min(each, math.ceil(POOL_PAIRS * slots / samples)),
+            time=doubled(width, NARROWEST_PROMPT),
+        ),
+        "responses": each * samples * options.max_response_length * written * 4,
+    }
 
 
-def free_memory() -> int | None:
-    """Bytes that a device here has free; None where it does not say, as CPUs."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" not in stats:
+def check_memory(options: SamplingOptions, memory: dict[str, int], free: int | None) -> None:
+    """Raises UserError where sampling takes more than the bytes that a device has free (None:
+    unknown)."""
+    if free is None or sum(memory.values()) <= free:
+        return
+    one = memory["kv_cache"] / options.slots
+    others = sum(memory.values()) - memory["kv_cache"]
+    fit = max(int((free - others) / one), 0)
+    parts = ", ".join(f"{k.replace('_', ' ')} {v / 2**30:.2f}" for k, v in memory.items())
+    total = sum(memory.values()) / 2**30
+    raise UserError(
+        f"rollout.slots: sampling with {options.slots} takes {total:.2f} GiB on each device "
+        f"({parts}), and {free / 2**30:.2f} GiB are free; {fit} slots would fit"
+    )
+
+
+def free_memory(devices: Sequence[Any] | None = None) -> int | None:
+    """Bytes that the fullest of these devices has free (None: all of this process); CPU devices
+    share what the machine has. None where nothing says."""
+    devices = list(devices or jax.local_devices())
+    if devices[0].platform == "cpu":
+        available = _available_memory()
+        return None if available is None else available // len(devices)
+    stats = [device.memory_stats() or {} for device in devices]
+    if not all("bytes_limit" in own for own in stats):
         return None
-    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return min(own["bytes_limit"] - own.get("bytes_in_use", 0) for own in stats)
+
+
+def _available_memory() -> int | None:
+    """Bytes that this machine can give without swapping, as Linux estimates it."""
+    path = Path("/proc/meminfo")
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _bytes(x: Any) -> int:
+    return x.size * x.dtype.itemsize

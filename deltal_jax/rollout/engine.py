@@ -9,6 +9,7 @@ samples. Log-probabilities and masks come from the sampler, never from a guess a
 import bisect
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -29,9 +31,9 @@ from deltal_jax.parallel.sharding import (
     row_sharding,
     row_shards,
 )
-from deltal_jax.rollout.checks import check_memory, check_request
-from deltal_jax.rollout.pools import Plan, Pool, make_plan
-from deltal_jax.rollout.results import Written, assemble, begin, merge, stats
+from deltal_jax.rollout import checks, pools
+from deltal_jax.rollout.pools import Plan, Pool, doubled, make_plan
+from deltal_jax.rollout.results import Written, assemble, begin, merge, stats, take
 from deltal_jax.rollout.sampling import stream_keys
 from deltal_jax.rollout.schedule import RolloutStats
 from deltal_jax.rollout.slots import (
@@ -57,8 +59,6 @@ NARROWEST = 128
 FEWEST = 4
 #: And only where there are at most so many responses a slot.
 LONG_TAIL = 4
-#: Prompts are prefilled in widths that double, from this on.
-NARROWEST_PROMPT = 32
 #: Steps between two looks at whether all that is needed is there, on a mesh.
 CHUNK = 64
 #: Prompt tokens that are prefilled at once.
@@ -168,16 +168,22 @@ class Engine:
         samples: int,
         step: int = 0,
         round_: int = 0,
+        own_prompts: bool = False,
     ) -> tuple[Rollout, RolloutStats]:
         """`samples` responses to each prompt, in prompt order: row p·samples + s.
 
-        Arrays of the returned rollout are in host memory. Raises UserError, before anything is
-        compiled, for an empty or too long prompt, an unknown stop id, or slots whose cache would
-        not fit into the device's memory.
+        Arrays of the returned rollout are in host memory. With `own_prompts` each process gives
+        other prompts, as many as the others do, and gets the responses to them. Raises UserError,
+        before anything is compiled, for an empty or too long prompt, an unknown stop id, or slots
+        whose cache would not fit into the device's memory.
         """
         self._check(params, prompts, samples)
-        responses = begin(self.options, prompts, key, samples=samples, step=step, round_=round_)
+        count = len(prompts.lengths)
+        everyone = _gathered(prompts) if own_prompts else prompts
+        responses = begin(self.options, everyone, key, samples=samples, step=step, round_=round_)
         responses, stats = self.sample(params, responses)
+        if own_prompts:
+            responses = take(responses, np.arange(count) + jax.process_index() * count)
         return assemble(responses), stats
 
     def sample(
@@ -191,7 +197,7 @@ class Engine:
         UserError as `generate` does.
         """
         prompts = responses.prompts
-        self._check(params, prompts, samples=1)
+        self._check(params, prompts, math.ceil(len(responses.lengths) / len(prompts.lengths)))
         wanted = len(prompts.lengths) if needed is None else needed
         plan = make_plan(responses, wanted, self.shards, self.options.slots // self.shards)
         longest = [int(pool.lengths.max()) for pool in plan.pools]
@@ -216,8 +222,22 @@ class Engine:
 
     def _check(self, params: Any, prompts: Prompts, samples: int) -> None:
         arch = nnx.merge(self._graphdef, jax.eval_shape(lambda x: x, params)).arch
-        check_request(self.options, arch, prompts, samples)
-        check_memory(self.options, arch, prompts.tokens.shape[1], self.shards)
+        checks.check_request(self.options, arch, prompts, samples)
+        tensor, devices = 1, None
+        if self.mesh is not None:
+            tensor, devices = self.mesh.shape["tensor"], self.mesh.local_devices
+        free = checks.free_memory(devices)
+        if free is not None:
+            memory = checks.sampling_memory(
+                self.options,
+                arch,
+                params,
+                prompts.tokens.shape,
+                samples,
+                shards=self.shards,
+                tensor=tensor,
+            )
+            checks.check_memory(self.options, memory, free)
 
     def _drain(
         self,
@@ -270,7 +290,7 @@ class Engine:
     def _store(self, params: Any, pool: Pool) -> Store:
         """Prefill the sequences of a pool, a few at once, as wide as the longest of them needs."""
         size, longest = pool.tokens.shape[1:]
-        width = doubled(longest, NARROWEST_PROMPT)
+        width = doubled(longest, pools.NARROWEST_PROMPT)
         rows = max(1, min(size, PREFILL_TOKENS // width))
         extra = (0, -size % rows)
         tokens = np.pad(pool.tokens, ((0, 0), extra, (0, width - longest)))
@@ -316,8 +336,10 @@ class Engine:
         """The tokens of one response as they are drawn: the same ones that `generate` gives.
 
         Prompts of several widths share one compiled decoding where `cache_length` is the same; None
-        is what prompt and response may need.
+        is what prompt and response may need. Raises UserError as `generate` does, at the first
+        token; on one device only.
         """
+        self._check(params, prompts, samples=1)
         keys = stream_keys(
             key, jnp.asarray(step), jnp.asarray(round_), jnp.asarray(prompts.positions), 1
         )
@@ -337,6 +359,17 @@ class Engine:
                 return
 
 
+def _gathered(prompts: Prompts) -> Prompts:
+    """The prompts of all processes, in their order. Raises UserError where they are not as many
+    and as wide in each."""
+    shapes = multihost_utils.process_allgather(np.asarray(prompts.tokens.shape))
+    if np.any(shapes != shapes.reshape(-1, 2)[0]):
+        raise UserError(
+            f"prompts: processes have {shapes.tolist()} (prompts, width), which must be the same"
+        )
+    return multihost_utils.process_allgather(prompts, tiled=True)
+
+
 def _fitting(windows: list[int], tokens: int) -> int:
     """The narrowest that has room for one token more."""
     return windows[bisect.bisect_right(windows, tokens)]
@@ -346,10 +379,3 @@ def _join(shards: int, *parts: Array) -> Array:
     """Rows of each device behind its own rows."""
     apart = [x.reshape(shards, -1, *x.shape[1:]) for x in parts]
     return jnp.concatenate(apart, axis=1).reshape(-1, *parts[0].shape[1:])
-
-
-def doubled(least: int, first: int) -> int:
-    """The first of first, 2·first, 4·first, … that is no smaller than `least`."""
-    while first < least:
-        first *= 2
-    return first

@@ -16,6 +16,8 @@ from deltal_jax.types import Responses
 
 #: Responses that a pool has for each slot: enough to be decoding most of the time.
 POOL_PAIRS = 4
+#: Sequences are prefilled in widths that double, from this on.
+NARROWEST_PROMPT = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +63,9 @@ def make_plan(responses: Responses, needed: int, devices: int, slots: int) -> Pl
     carried = [np.split(own[begun[own]], np.arange(1, begun[own].sum())) for own in owned]
     fresh = [_grouped(own[~begun[own]], responses.group_ids) for own in owned]
     most = max(1, int(POOL_PAIRS * slots))
-    doubled = 1 << (max(len(sequences) for sequences in carried) - 1).bit_length()
+    some = doubled(max(len(sequences) for sequences in carried), 1)
     pools = [
-        *_pools(responses, rows, carried, min(doubled, most), 1),
+        *_pools(responses, rows, carried, min(some, most), 1),
         *_pools(
             responses, rows, fresh, min(each, math.ceil(POOL_PAIRS * slots / samples)), samples
         ),
@@ -129,3 +131,10 @@ def _pool(
         keys=responses.keys[chosen],
         counts=counts,
     )
+
+
+def doubled(least: int, first: int) -> int:
+    """The first of first, 2·first, 4·first, … that is no smaller than `least`."""
+    while first < least:
+        first *= 2
+    return first

@@ -18,7 +18,8 @@ from deltal_jax.errors import UserError
 from deltal_jax.model.families import architecture_of
 from deltal_jax.model.huggingface import CONTEXT, check_vocabulary, load_params, read_config
 from deltal_jax.model.transformer import Architecture, make_graphdef
-from deltal_jax.rollout.engine import Engine, SamplingOptions, doubled
+from deltal_jax.rollout.engine import Engine, SamplingOptions
+from deltal_jax.rollout.pools import doubled
 from deltal_jax.types import Prompts
 
 #: Prompts are padded to a power of two, so that few widths are compiled; no narrower than this.

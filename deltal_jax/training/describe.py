@@ -3,10 +3,11 @@
 import jax
 
 from deltal_jax.config import Advantage, Aggregation, Config, Correction
-from deltal_jax.model.cache import cache_bytes
-from deltal_jax.model.lora import trained
+from deltal_jax.model.lora import overlay, trained
 from deltal_jax.model.transformer import Architecture, abstract_params, parameter_count
 from deltal_jax.objective.logprobs import chunk_size
+from deltal_jax.rollout.checks import sampling_memory
+from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.training.buckets import bucket_rows
 from deltal_jax.training.objective import normalizer, surrogate_options
 
@@ -190,7 +191,17 @@ def describe_model(config: Config, arch: Architecture) -> str:
         kinds = f"stored in {model.param_dtype}"
     moments = config.rl.optimizer.moment_dtype
     said = f"{model.path or 'new model'}: {total:,} parameters, {own:,} trained"
-    return f"{said}; {kinds}, computed in {model.compute_dtype}, moments in {moments}"
+    memory = _sampling_memory(config, arch)
+    slots, time = config.rollout.slots, config.rollout.max_prompt_length
+    return (
+        f"{said}; {kinds}, computed in {model.compute_dtype}, moments in {moments}\n"
+        f"sampling: {slots} slots of up to {time + config.rollout.max_response_length} tokens, "
+        f"cache {_mebibytes(memory['kv_cache'])}, all {_mebibytes(sum(memory.values()))}"
+    )
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _trained_count(arch: Architecture) -> int:
@@ -204,10 +215,6 @@ def memory_estimate(config: Config, arch: Architecture) -> dict[str, int]:
     narrow, stored, computed = (
         BYTES[name] for name in ("bfloat16", model.param_dtype, model.compute_dtype)
     )
-    cast = own * (stored != computed) + frozen * (narrow != computed)
-    time = config.rollout.max_prompt_length + config.rollout.max_response_length
-    slots = max(config.rollout.slots, 1)
-    cache = cache_bytes(arch.layers, slots, arch.kv_heads, time, arch.head_dim, computed)
     edges, budget = config.bucket_edges, config.rl.tokens_per_microbatch
     activations = max(
         _activations(arch, bucket_rows(edge, budget), edge, computed) for edge in edges
@@ -218,10 +225,26 @@ def memory_estimate(config: Config, arch: Architecture) -> dict[str, int]:
         "gradients": 2 * own * FLOAT_BYTES,
         "reference": own * stored if config.objective.kl_coefficient else 0,
         "activations": activations,
-        "sampling_weights": cast * computed,
-        "kv_cache": cache,
-    }
+    } | _sampling_memory(config, arch)
     return parts | {"total": sum(parts.values())}
+
+
+def _sampling_memory(config: Config, arch: Architecture) -> dict[str, int]:
+    rollout, rl = config.rollout, config.rl
+    options = SamplingOptions(rollout.slots, rollout.max_response_length, eos_ids=())
+    every = abstract_params(arch)
+    dtype = "bfloat16" if config.lora.rank else config.model.param_dtype
+    held, own = (
+        jax.tree.map(lambda x, dtype=dtype: jax.ShapeDtypeStruct(x.shape, dtype), tree)
+        for tree, dtype in ((every, dtype), (trained(every), config.model.param_dtype))
+    )
+    return sampling_memory(
+        options,
+        arch,
+        overlay(held, own),
+        (rl.prompts_per_step, rollout.max_prompt_length),
+        rl.samples_per_prompt,
+    )
 
 
 def _activations(arch: Architecture, rows: int, width: int, itemsize: int) -> int:
