@@ -145,7 +145,8 @@ def test_a_dry_run_prints_config_formula_arithmetic_and_memory_and_writes_nothin
     assert figures["rl updates"] == 7
     assert figures["prompts"] == 16 * 7
     assert figures["max response tokens per step"] == 16 * 8 * 192
-    parts = ("parameters", "optimizer", "gradients", "activations", "kv cache")
+    parts = ["parameters", "optimizer", "gradients", "activations"]
+    parts += ["sampling weights", "kv cache", "prompt cache", "responses"]
     total = sum(figures[f"memory, {part}"] for part in parts)
     assert figures["memory, total"] == pytest.approx(total, abs=0.3)
     assert list(tmp_path.iterdir()) == []

@@ -27,10 +27,18 @@ def benchmark_rollout(rounds: int, pythons: dict[str, str]) -> dict[str, Any]:
     """Every figure of `deltal bench rollout`; `pythons` are those of environments with a peer.
 
     Two loads of 32 prompts: "geometric", whose responses end after about 50 of at most 128 tokens,
-    and "full", which all run to 128. All sides take turns, one seed a round.
+    and "full", which all run to 128. Ours alone: "queued", four geometric responses to each prompt
+    on 16 slots, and "limit 1024" and "limit 2048", the geometric load where no response comes near
+    the limit. All sides take turns, one seed a round.
     """
     seeds = list(range(rounds))
-    sides = {"geometric": Side(workload.ENDS), "full": Side(())}
+    sides = {
+        "geometric": Side(workload.ENDS),
+        "full": Side(()),
+        "queued": Side(workload.ENDS, slots=16, samples=4),
+        "limit 1024": Side(workload.ENDS, limit=1024),
+        "limit 2048": Side(workload.ENDS, limit=2048),
+    }
     for side in sides.values():
         for seed in seeds[:2]:  # compiles
             side.sample(seed)
@@ -48,6 +56,8 @@ def benchmark_rollout(rounds: int, pythons: dict[str, str]) -> dict[str, Any]:
             answers[name].append(peer.ask(seed))
     figures: dict[str, Any] = {name: side.figures() for name, side in sides.items()}
     figures["full"]["products_over_ours"] = ratio(products, sides["full"].timing)
+    doubled, limited = (sides[name].timing for name in ("limit 2048", "limit 1024"))
+    figures["limit 2048"]["over_limit_1024"] = ratio(doubled, limited)
     for name, peer in peers.items():
         peer.close()
         figures[name] = _peer_figures(answers[name], sides)
@@ -59,12 +69,18 @@ def benchmark_rollout(rounds: int, pythons: dict[str, str]) -> dict[str, Any]:
 class Side:
     """Our engine on the load with some ends."""
 
-    def __init__(self, ends: tuple[int, ...]):
+    def __init__(
+        self,
+        ends: tuple[int, ...],
+        *,
+        slots: int = workload.RESPONSES,
+        limit: int = workload.LIMIT,
+        samples: int = 1,
+    ):
+        self.samples = samples
         self.architecture = Architecture(**workload.SIZES, remat=False)
         graphdef, self.params = split_model(init_model(self.architecture, jax.random.key(0)))
-        options = SamplingOptions(
-            slots=workload.RESPONSES, max_response_length=workload.LIMIT, eos_ids=ends
-        )
+        options = SamplingOptions(slots=slots, max_response_length=limit, eos_ids=ends)
         self.engine = Engine(graphdef, options)
         self.key = jax.random.key(0, impl="threefry2x32")
         self.forget()
@@ -72,10 +88,10 @@ class Side:
     def forget(self) -> None:
         """Begin to measure."""
         self.timing, self.tokens = Timing(), list[int]()
-        self.utilization: list[float] = []
+        self.utilization: list[tuple[float, float]] = []
 
     def sample(self, seed: int) -> None:
-        """One response to each prompt of a seed."""
+        """Responses to each prompt of a seed."""
         count = workload.RESPONSES
         prompts = Prompts(
             tokens=workload.prompt_tokens(seed),
@@ -86,12 +102,14 @@ class Side:
 
         def call() -> None:
             nonlocal found
-            found = self.engine.generate(self.params, prompts, self.key, samples=1, step=seed)
+            found = self.engine.generate(
+                self.params, prompts, self.key, samples=self.samples, step=seed
+            )
 
         self.timing.call(call)
         rollout, stats = found
         self.tokens.append(int(rollout.response_lengths.sum()))
-        self.utilization.append(stats.utilization)
+        self.utilization.append((stats.utilization, stats.utilization_queued))
 
     def speeds(self) -> list[float]:
         """Useful tokens a second of each round."""
@@ -101,7 +119,8 @@ class Side:
         """Medians over the rounds."""
         return self.timing.summary() | {
             "useful_tokens_per_s": statistics.median(self.speeds()),
-            "utilization": statistics.median(self.utilization),
+            "utilization": statistics.median(whole for whole, _ in self.utilization),
+            "utilization_queued": statistics.median(queued for _, queued in self.utilization),
         }
 
 
