@@ -44,6 +44,17 @@ def test_the_ids_on_a_mesh_are_those_of_one_device(sizes):
     assert stats.useful_steps == want.response_lengths.sum()
 
 
+def test_the_mesh_may_be_one_of_its_own_apart_from_that_of_training():
+    """Parameters on four devices, slots on two others."""
+    training = make_mesh(2, 2, 1, devices=jax.devices()[:4])
+    mesh = make_mesh(2, 1, 1, devices=jax.devices()[6:])
+    graphdef, params = fakes.model(fakes.PLAIN)
+    params = jax.device_put(params, parameter_shardings(training, params))
+    engine = Engine(graphdef, OPTIONS, mesh=mesh)
+    got, _ = engine.generate(params, fakes.prompts(4), KEY, samples=3, step=2)
+    np.testing.assert_array_equal(got.tokens, sampled(4)[0].tokens)
+
+
 @pytest.mark.parametrize("knobs", [{"top_k": 3, "raw_logprobs": True}, {"temperature": 0.0}])
 def test_every_knob_does_on_a_mesh_what_it_does_on_one_device(knobs):
     options = dataclasses.replace(OPTIONS, **knobs)

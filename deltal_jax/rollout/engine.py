@@ -70,7 +70,8 @@ class Engine:
 
     On a mesh the prompts are split over the devices that split rows of tokens, each with its own
     slots and queue, so that none waits for another inside a compiled program; heads are split over
-    "tensor". Parameters may lie as training keeps them: they are gathered over "fsdp" once a call.
+    "tensor". Parameters may lie as training keeps them: they are gathered over "fsdp" once a call,
+    and where they are on other devices than the mesh's copied from device to device.
     Several processes call `generate` with the same arguments, and all get the whole rollout.
 
     Programs are compiled once for each number of responses, window and width of prompts; the
@@ -126,6 +127,13 @@ class Engine:
             ),
             donate_argnums=4,
         )
+
+    def _here(self, params: Any) -> Any:
+        """The parameters on the devices of the mesh."""
+        own = jax.tree.leaves(params)[0].sharding.device_set
+        if self.mesh is None or own == set(self.mesh.devices.flat):
+            return params
+        return jax.device_put(params, parameter_shardings(self.mesh, params, gathered=("fsdp",)))
 
     def _prepare(self, params: Any) -> tuple[Any, Any]:
         """The parameters as sampling wants them, and those of each layer."""
@@ -202,7 +210,7 @@ class Engine:
         plan = make_plan(responses, wanted, self.shards, self.options.slots // self.shards)
         longest = [int(pool.lengths.max()) for pool in plan.pools]
         windows = self._windows(prompts)
-        params, layers = self._weights(params)
+        params, layers = self._weights(self._here(params))
         slots = self._empty(params, _fitting(windows, max(longest, default=1)), plan.rows.size)
         slots = dataclasses.replace(slots, owed=self._place(plan.needed))
         # On a mesh none stops by itself: others may have long ones to finish.
