@@ -1,5 +1,6 @@
 """A strict JAX for the whole suite: eight virtual devices, checked shapes, no rank promotion."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -19,6 +20,7 @@ os.environ.setdefault(
 
 import hypothesis
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 from deltal_jax.backend import enable_compile_cache
@@ -29,3 +31,32 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def listening():
+    """A server that samples; what it has compiled serves all tests."""
+    from tests import served
+    from tests.completions_server import serving
+
+    server = served.make_server()
+    with serving(server):
+        yield server
+
+
+@pytest.fixture
+def server(listening):
+    """The server: well behaved, with other weights than any test's, unknown to engines."""
+    from deltal_jax.rollout.served import weights_of
+
+    weights_of.cache_clear()
+    listening.start_anew()
+    return listening
+
+
+@pytest.fixture
+def make(server, tmp_path):
+    """Makes engines that sample by the server."""
+    from tests import served
+
+    return functools.partial(served.http_engine, server.url, tmp_path / "served")

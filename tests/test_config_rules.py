@@ -121,3 +121,47 @@ def test_a_group_of_one_needs_an_advantage_over_the_batch():
         said = config_refusal(alone | {"objective.advantage": name})
         assert said.startswith("rl.samples_per_prompt: a group of 1 has no spread")
     load_config(TINY, alone | {"objective.advantage": "batch_standardize"})
+
+
+URL = {"rollout.engine": "http", "rollout.server.url": "http://localhost:8000"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"rollout.engine": "http"}, "rollout.server.url: rollout.engine=http needs one"),
+        ({"rollout.server.url": "http://a:1"}, "rollout.server.url: only a server has one"),
+        ({"rollout.server.timeout": 5.0}, "rollout.server.timeout: only a server has one"),
+        ({"rollout.server.dialect": "sglang"}, "rollout.server.dialect: only a server has one"),
+        *(
+            (URL | {"rollout.server.url": url}, f"rollout.server.url: {url!r} is no address such")
+            for url in (
+                "localhost:8000",
+                "ftp://a",
+                "http://",
+                "http://a:x",
+                "http://a:0",
+                "http://a/v1",
+                "http://a/",
+                "http://u@a",
+                "http://a?b",
+            )
+        ),
+        (
+            URL
+            | {
+                "rollout.server.dialect": "sglang",
+                "rollout.top_p": 0.9,
+                "objective.old_logprobs": "recompute",
+            },
+            "rollout.server.dialect: sglang gives log-probabilities from before top_k",
+        ),
+    ],
+)
+def test_a_server_needs_an_address_and_fields_of_its_own(overrides, expected):
+    assert config_refusal(overrides).startswith(expected)
+
+
+@pytest.mark.parametrize("url", ["http://localhost", "https://a.b:8443/behind/a/proxy"])
+def test_addresses_that_are_fine(url):
+    assert load_config(TINY, URL | {"rollout.server.url": url})

@@ -90,8 +90,8 @@ class _Side:
         optimizer = optax.adamw(workload.LEARNING_RATE, weight_decay=0.0)
         self.update = Update(graphdef, optimizer, LossTerms(token_loss))
         self.state: TrainState = self.update.init(params, jax.random.key(0))
-        lengths = {"max_prompt_length": workload.PROMPT, "max_response_length": limit}
-        self.edges = Config(rollout=RolloutConfig(**lengths)).bucket_edges
+        rollout = RolloutConfig(max_prompt_length=workload.PROMPT, max_response_length=limit)
+        self.edges = Config(rollout=rollout).bucket_edges
         self.pack = pack
 
     def buckets(self, seed: int) -> list[Bucket]:

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from deltal_jax.analysis.statistics import wilson_interval
     from deltal_jax.training.evaluate import evaluate
-    from deltal_jax.training.setup import make_engine
+    from deltal_jax.training.setup import make_local_engine
     from deltal_jax.training.trained import load_trained
 
     if arguments.seed is not None:
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     trained = load_trained(Path(arguments.run), parse_overrides(arguments.items))
     config = trained.setup.config.evaluate
     key = trained.key if arguments.seed is None else jax.random.key(arguments.seed)
-    engine = make_engine(trained.setup, temperature=config.temperature)
+    engine = make_local_engine(trained.setup, temperature=config.temperature)
     metrics = evaluate(trained.setup, engine, trained.params, key).metrics
     if arguments.json:
         print(json.dumps({"run": arguments.run, "step": trained.position.step} | metrics))

@@ -1,6 +1,15 @@
 """Rules that span fields. The bounds of a single field are in `schema.py`."""
 
-from deltal_jax.config.schema import Config, ModelConfig, ObjectiveConfig
+import dataclasses
+from urllib.parse import urlsplit
+
+from deltal_jax.config.schema import (
+    Config,
+    ModelConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+    ServerConfig,
+)
 from deltal_jax.errors import UserError
 
 #: Aggregations that take a scope; the others have one of their own, or none.
@@ -64,7 +73,43 @@ def check(config: Config) -> None:
             "objective.importance_correction: with rollout.top_k, top_p or min_p the sampler's "
             "log-probabilities are of fewer tokens than the trainer's; set it to none"
         )
+    _check_server(rollout, filtered)
     _check_objective(config.objective)
+
+
+def _check_server(rollout: RolloutConfig, filtered: bool) -> None:
+    server = rollout.server
+    if rollout.engine == "jax":
+        for field in dataclasses.fields(ServerConfig):
+            if getattr(server, field.name) != field.default:
+                raise UserError(
+                    f"rollout.server.{field.name}: only a server has one; set rollout.engine=http"
+                )
+        return
+    if server.url is None:
+        raise UserError(
+            "rollout.server.url: rollout.engine=http needs one, such as http://localhost:8000"
+        )
+    if not _is_address(server.url):
+        raise UserError(
+            f"rollout.server.url: {server.url!r} is no address such as http://localhost:8000 "
+            "(without /v1 or anything behind it)"
+        )
+    if filtered and server.dialect == "sglang":
+        raise UserError(
+            "rollout.server.dialect: sglang gives log-probabilities from before top_k, top_p and "
+            "min_p; leave them out, or use vllm"
+        )
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    beyond = parts.query or parts.fragment or parts.username or url.endswith(("/", "/v1"))
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and not beyond
 
 
 def _check_model(config: Config) -> None:

@@ -126,8 +126,26 @@ class SftConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    url: str | None = _field(None, "its address, such as http://localhost:8000")
+    dialect: Literal["vllm", "sglang"] = _field("vllm", "what it is and speaks")
+    weights_dir: str | None = _field(
+        None,
+        "folder for new weights, of this run alone, that the server sees under the same path; "
+        "default: served/ in the run folder",
+    )
+    timeout: float = _field(600.0, "seconds that one request may take", low=0.01)
+
+
+@dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    slots: int = _field(16, "responses that are decoded side by side", low=1)
+    engine: Literal["jax", "http"] = _field(
+        "jax", "what samples for training: this process, or a server"
+    )
+    server: ServerConfig = _field(ServerConfig, "where rollout.engine is http")
+    slots: int = _field(
+        16, "responses that are decoded side by side; of a server, requests at once", low=1
+    )
     max_prompt_length: int = _field(8, "longest prompt in tokens, BOS included", low=1)
     max_response_length: int = _field(192, "longest response in tokens, EOS included", low=1)
     temperature: float = _field(1.0, "sampling temperature of training", low=0.01)

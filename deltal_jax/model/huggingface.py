@@ -215,13 +215,14 @@ def export(
     config: dict[str, Any] | None = None,
     files: dict[str, bytes] | None = None,
     dtype: Any = jnp.bfloat16,
+    field: str = "--to",
 ) -> None:
     """A new checkpoint folder, as a whole or not at all: weights, config and other `files`.
 
     `config` is that of the checkpoint that the model came from; None describes the architecture.
-    Raises UserError where the folder exists.
+    Raises UserError, naming the `field` that said so, where the folder exists or cannot be made.
     """
-    with new_folder(folder) as partial:
+    with new_folder(folder, field) as partial:
         described = dict(config_of(arch) if config is None else config)
         described.pop("torch_dtype", None)
         described["dtype"] = jnp.dtype(dtype).name

@@ -8,7 +8,8 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class RolloutStats:
-    """Slot-steps (slots times decoding steps), and how many of them gave a token of a response.
+    """Slot-steps (slots times decoding steps), and how many of them gave a token of a response. Of
+    a server: microseconds of the places for requests, and how many of them had one.
 
     "Queued" are those while some response had yet to begin; afterwards the tail runs out.
     """

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from deltal_jax.data.prompts import training_problems
-from deltal_jax.rollout.engine import Engine
+from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.tasks.base import Problem
 from deltal_jax.tasks.grading import Grades, Reward, grade
 from deltal_jax.training.setup import Setup, encode_problems
@@ -29,7 +29,7 @@ class Collected:
 
 def collect(
     setup: Setup,
-    engine: Engine,
+    engine: RolloutEngine,
     params: Any,
     key: jax.Array,
     *,

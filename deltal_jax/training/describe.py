@@ -191,11 +191,14 @@ def describe_model(config: Config, arch: Architecture) -> str:
         kinds = f"stored in {model.param_dtype}"
     moments = config.rl.optimizer.moment_dtype
     said = f"{model.path or 'new model'}: {total:,} parameters, {own:,} trained"
+    said = f"{said}; {kinds}, computed in {model.compute_dtype}, moments in {moments}\n"
+    if config.rollout.engine == "http":
+        return f"{said}sampling: by {config.rollout.server.url}"
     memory = _sampling_memory(config, arch)
-    slots, time = config.rollout.slots, config.rollout.max_prompt_length
+    rollout = config.rollout
+    time = rollout.max_prompt_length + rollout.max_response_length
     return (
-        f"{said}; {kinds}, computed in {model.compute_dtype}, moments in {moments}\n"
-        f"sampling: {slots} slots of up to {time + config.rollout.max_response_length} tokens, "
+        f"{said}sampling: {rollout.slots} slots of up to {time} tokens, "
         f"cache {_mebibytes(memory['kv_cache'])}, all {_mebibytes(sum(memory.values()))}"
     )
 
@@ -225,7 +228,9 @@ def memory_estimate(config: Config, arch: Architecture) -> dict[str, int]:
         "gradients": 2 * own * FLOAT_BYTES,
         "reference": own * stored if config.objective.kl_coefficient else 0,
         "activations": activations,
-    } | _sampling_memory(config, arch)
+    }
+    if config.rollout.engine == "jax":
+        parts |= _sampling_memory(config, arch)
     return parts | {"total": sum(parts.values())}
 
 

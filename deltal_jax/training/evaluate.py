@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from deltal_jax.rollout.engine import Engine
+from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.tasks.base import Problem
 from deltal_jax.tasks.grading import Grades, grade
 from deltal_jax.training.collect import response_texts
@@ -27,7 +27,7 @@ class Evaluation:
     rows: list[dict[str, Any]]
 
 
-def evaluate(setup: Setup, engine: Engine, params: Any, key: jax.Array) -> Evaluation:
+def evaluate(setup: Setup, engine: RolloutEngine, params: Any, key: jax.Array) -> Evaluation:
     """Sample k responses to every held-out problem and judge them.
 
     The same random numbers serve every evaluation of a run, so that two of them differ by the

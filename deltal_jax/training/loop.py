@@ -23,7 +23,7 @@ from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics
 from deltal_jax.model.lora import overlay
 from deltal_jax.model.transformer import attention_work
 from deltal_jax.progress import ProgressDisplay
-from deltal_jax.rollout.engine import Engine
+from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.tasks.grading import Reward, RewardFunction, as_rewards
 from deltal_jax.training import run_folder
 from deltal_jax.training.buckets import make_buckets, make_minibatches, padding_fraction
@@ -278,7 +278,9 @@ def _warm_up(run: _Run, update: Update, state: TrainState, done: int) -> TrainSt
     return state
 
 
-def _reinforce(run: _Run, update: Update, evaluator: Engine, state: TrainState, done: int) -> int:
+def _reinforce(
+    run: _Run, update: Update, evaluator: RolloutEngine, state: TrainState, done: int
+) -> int:
     """RL steps done+1 … rl.steps, with evaluations and checkpoints; returns the last step."""
     config = run.setup.config
     engine = make_engine(run.setup, temperature=config.rollout.temperature, training=True)
@@ -391,7 +393,7 @@ def rollout_logprobs(update: Update, params: Any, rollout: Rollout, **layout: An
     return found
 
 
-def _evaluate(run: _Run, engine: Engine, state: TrainState, step: int) -> float:
+def _evaluate(run: _Run, engine: RolloutEngine, state: TrainState, step: int) -> float:
     clock = time.perf_counter()
     result = evaluate(run.setup, engine, state.params, state.key)
     seconds = {"time/evaluate": time.perf_counter() - clock}

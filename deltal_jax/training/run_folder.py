@@ -31,6 +31,7 @@ CHANGEABLE = (
     "rl.pack",
     "sft.log_every",
     "rollout.slots",
+    "rollout.server.",
     "evaluate.",
     "checkpoint.",
 )

@@ -1,6 +1,8 @@
 """From a config to the parts of a run: task, tokenizer, model definition, parameters, engines."""
 
 import dataclasses
+import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from deltal_jax.model import huggingface
 from deltal_jax.model.families import architecture_of
 from deltal_jax.model.hub import find_checkpoint, pinned
 from deltal_jax.model.kernels import OWN, PACKS, Kernel, check_kernel, default_attention
-from deltal_jax.model.lora import LoRA, overlay, trained
+from deltal_jax.model.lora import LoRA, merge_adapters, overlay, trained
 from deltal_jax.model.tensor_files import fingerprint, read_object
 from deltal_jax.model.transformer import (
     Architecture,
@@ -25,7 +27,10 @@ from deltal_jax.model.transformer import (
     make_graphdef,
     split_model,
 )
-from deltal_jax.rollout.engine import Engine, SamplingOptions
+from deltal_jax.rollout.base import RolloutEngine
+from deltal_jax.rollout.engine import Engine
+from deltal_jax.rollout.http import HttpEngine
+from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.tasks.base import Problem, Task
 from deltal_jax.tasks.countdown import CountDown
 from deltal_jax.training.objective import make_loss
@@ -40,6 +45,8 @@ def _countdown(task: TaskConfig) -> Task:
 
 #: Beside a run's tokenizer, where it has adapters.
 BASE = "base.json"
+#: In a run's folder, unless the config names another: weights for a server that samples.
+SERVED = "served"
 #: What `task.name` may name.
 TASKS: dict[str, Callable[[TaskConfig], Task]] = {"countdown": _countdown}
 
@@ -246,17 +253,76 @@ def make_update(setup: Setup, phase: str) -> Update:
     return Update(setup.graphdef, optimizer, terms, moment_dtype=options.moment_dtype)
 
 
-def make_engine(setup: Setup, *, temperature: float, training: bool = False) -> Engine:
-    """A sampler for this model; `training` takes the config's top-k, top-p and min-p too."""
+def make_engine(setup: Setup, *, temperature: float, training: bool = False) -> RolloutEngine:
+    """The config's sampler for training and its evaluations; `training` takes the config's top-k,
+    top-p and min-p too."""
+    config, options = setup.config, _sampling_options(setup, temperature, training)
+    if config.rollout.engine == "jax":
+        return Engine(setup.graphdef, options)
+    server = config.rollout.server
+    assert server.url is not None  # by the config's rules
+    if server.weights_dir is None and config.run.dir is None:
+        raise UserError("rollout.server.weights_dir: name a folder that the server sees")
+    if jax.process_count() > 1:
+        raise UserError("rollout.engine: http serves one process; use jax on several")
+    return HttpEngine(
+        server.url,
+        server.dialect,
+        options,
+        setup.architecture,
+        functools.partial(_write_served, setup),
+        weights_dir=Path(server.weights_dir or f"{config.run.dir}/{SERVED}"),
+        timeout=server.timeout,
+    )
+
+
+def make_local_engine(setup: Setup, *, temperature: float) -> Engine:
+    """A sampler in this process whatever the config says: a server may be in use by a run."""
+    return Engine(setup.graphdef, _sampling_options(setup, temperature, training=False))
+
+
+def _sampling_options(setup: Setup, temperature: float, training: bool) -> SamplingOptions:
     rollout = setup.config.rollout
     filters: dict[str, Any] = {}
     if training:
         filters = dict(top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p)
-    options = SamplingOptions(
+    return SamplingOptions(
         slots=rollout.slots,
         max_response_length=rollout.max_response_length,
         eos_ids=setup.tokenizer.eos_ids,
         temperature=temperature,
         **filters,
     )
-    return Engine(setup.graphdef, options)
+
+
+def _write_served(setup: Setup, folder: Path, params: Any) -> None:
+    """The folder that a server loads, in the type that our own sampler would compute in."""
+    dtype = setup.config.model.compute_dtype
+    export_model(setup, folder, params, dtype, "rollout.server.weights_dir")
+
+
+def exported_files(setup: Setup) -> dict[str, bytes]:
+    """What goes beside exported weights: the tokenizer, and the ids that end a response."""
+    tokenizer = setup.tokenizer
+    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids)}
+    described = (json.dumps(generation, indent=2) + "\n").encode()
+    return {"generation_config.json": described} | tokenizer.files()
+
+
+def export_model(setup: Setup, folder: Path, params: Any, dtype: str, field: str) -> Any:
+    """Write a whole model, adapters merged, as a Hugging Face folder; returns its parameters.
+
+    Raises UserError, naming the `field` that said so, where the folder exists or cannot be made.
+    """
+    lora = setup.architecture.lora
+    written = params if lora is None else merge_adapters(params, lora, dtype)
+    huggingface.export(
+        folder,
+        written,
+        dataclasses.replace(setup.architecture, lora=None),
+        config=setup.checkpoint_config,
+        files=exported_files(setup),
+        dtype=dtype,
+        field=field,
+    )
+    return written
