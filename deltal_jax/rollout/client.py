@@ -73,6 +73,8 @@ class Client:
                     raise AbortedError from error
                 raise LostServerError(f"{where}: {error or type(error).__name__}") from error
             else:
+                if self._left.is_set():  # what came may be cut
+                    raise AbortedError
                 if status == http.client.OK:
                     return _parsed(where, text)
                 field, problem = "url", f"{where} answered {status}: {_shown(text)}"
@@ -84,13 +86,8 @@ class Client:
             if attempt > self.retries:
                 times = f", {attempt} times" if attempt > 1 else ""
                 raise UserError(f"rollout.server.{field}: {problem}{times}; {fix}")
-            self.pause(attempt)
+            self._left.wait(self.backoff * 2 ** (attempt - 1))
         raise AssertionError
-
-    def pause(self, attempt: int) -> None:
-        """Wait before the next try; `attempt` counts those made."""
-        if self._left.wait(self.backoff * 2 ** (attempt - 1)):
-            raise AbortedError
 
     def _send(self, path: str, body: dict[str, Any], limit: int) -> tuple[int, bytes]:
         deadline = time.monotonic() + self.timeout
