@@ -60,7 +60,7 @@ _HOME = {
     "aggregation_diagnostics": "objective.diagnostics",
     "Reward": "tasks.grading",
     "TrainResult": "training.loop",
-    "TrainingError": "training.loop",
+    "TrainingError": "training.run",
     "UserError": "errors",
     "train": "training.loop",
 }

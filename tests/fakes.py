@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from deltal_jax.config import load_config
+from deltal_jax.data.tokenizer import train_word_tokenizer
 from deltal_jax.errors import UserError
 from deltal_jax.model.attention import RopeScaling
 from deltal_jax.model.transformer import (
@@ -23,6 +25,8 @@ from deltal_jax.model.transformer import (
     make_graphdef,
     split_model,
 )
+from deltal_jax.tasks.base import Problem, Verdict
+from deltal_jax.training.setup import Setup, make_architecture
 from deltal_jax.types import Prompts, Rollout
 
 PLAIN = Architecture(vocab=23, layers=2, d_model=16, heads=2, kv_heads=2, head_dim=8, d_ff=24)
@@ -160,6 +164,77 @@ def rollout(count: int, longest: int = 30, vocab: int = 23, seed: int = 0) -> Ro
         truncated=np.zeros(count, bool),
         group_ids=(np.arange(count) // 4).astype(np.int32),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Chains:
+    """A task whose prompts say how long responses are: most are short, and in between are a few
+    long ones, which a model of `chain_setup` ends after about `LONG` words. A response is correct
+    if its number of words is even."""
+
+    name: str = "chains"
+    LONG: ClassVar[int] = 20
+
+    def vocabulary(self) -> list[str]:
+        return ["short", "long", "few", "many"]
+
+    def problem(self, seed: int, position: int) -> Problem:
+        del seed
+        return Problem("long" if position % 4 == 1 else "short", position)
+
+    def held_out(self, count: int) -> list[Problem]:
+        return [self.problem(0, position) for position in range(count)]
+
+    def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:
+        raise NotImplementedError
+
+    def parse_problem(self, text: str) -> Problem:
+        raise NotImplementedError
+
+    def verify(self, response: str, answer: Any) -> Verdict:
+        del answer
+        even = len(response.split()) % 2 == 0
+        return Verdict(float(even), even, "", str(even))
+
+
+def chain_setup(overrides: dict[str, Any]) -> tuple[Setup, Any]:
+    """A setup for `Chains`, and parameters of a model in which a token depends on the one before it
+    alone: its blocks add nothing."""
+    task = Chains()
+    options = {
+        "model.layers": 1,
+        "model.d_model": 8,
+        "model.heads": 1,
+        "model.head_dim": 4,
+        "model.d_ff": 4,
+        "rollout.max_prompt_length": 2,
+        "rollout.max_response_length": 60,
+        "rollout.slots": 6,
+        "length_buckets": [62],
+        "rl.prompts_per_step": 4,
+        "rl.samples_per_prompt": 3,
+    }
+    config = load_config("countdown-tiny", options | overrides)
+    tokenizer = train_word_tokenizer(task.vocabulary())
+    architecture = make_architecture(config, tokenizer.vocab_size)
+    graphdef = make_graphdef(architecture)
+    setup = Setup(config, task, tokenizer, architecture, graphdef, None)
+    short, long, few, many = (tokenizer.encode(word, bos=False)[0] for word in task.vocabulary())
+    logits = np.full((8, tokenizer.vocab_size), -30.0)
+    (eos,) = tokenizer.eos_ids
+    ending = 1 / task.LONG
+    for before, word, ends in (
+        (short, few, 0.5),
+        (few, few, 0.5),
+        (long, many, 0.0),
+        (many, many, ending),
+    ):
+        logits[before, word], logits[before, eos] = np.log(1 - ends), np.log(max(ends, 1e-13))
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_params(architecture))
+    params["embed"]["embedding"] = jnp.eye(tokenizer.vocab_size, 8)
+    params["norm"]["scale"] = jnp.ones(8)
+    params["head"]["kernel"] = jnp.asarray(logits * 8**-0.5, jnp.float32)
+    return setup, params
 
 
 _TINY = {

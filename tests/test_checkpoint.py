@@ -48,6 +48,23 @@ def test_every_array_comes_back_bit_for_bit(make, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_arrays_beside_the_state_come_back_without_their_shapes_being_known(tmp_path):
+    arrays = {
+        "carried": {"keys": np.arange(6, dtype=np.uint32).reshape(3, 2), "ended": np.eye(2) > 0},
+        "pending": {"rewards": np.asarray([1 / 3, np.nan]), "said": np.frombuffer(b"{}", np.uint8)},
+    }
+    first = Checkpoints(tmp_path / "c")
+    first.save(1, state(), POSITION, arrays)
+    first.save(2, state(), POSITION, {})
+    first.close()
+    second = Checkpoints(tmp_path / "c")
+    restored = second.read_rollouts(1)
+    assert second.read_rollouts(2) == {}
+    second.close()
+    jax.tree.map(np.testing.assert_array_equal, restored, arrays)
+    assert jax.tree.map(lambda x: x.dtype, restored) == jax.tree.map(lambda x: x.dtype, arrays)
+
+
 def test_frozen_parameters_are_not_saved_nor_asked_for(tmp_path):
     adapter = {"lora_a": jnp.full((2, 4), 0.5)}
     params = {"layer": {"kernel": jnp.ones((4, 4), jnp.bfloat16), "lora": adapter}}

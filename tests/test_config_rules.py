@@ -165,3 +165,60 @@ def test_a_server_needs_an_address_and_fields_of_its_own(overrides, expected):
 @pytest.mark.parametrize("url", ["http://localhost", "https://a.b:8443/behind/a/proxy"])
 def test_addresses_that_are_fine(url):
     assert load_config(TINY, URL | {"rollout.server.url": url})
+
+
+CORRECTED = {
+    "objective.old_logprobs": "recompute",
+    "objective.importance_correction": "token_truncate",
+}
+PARTIAL = {"rollout.partial": True, "rollout.oversampling": 1.5}
+
+
+@pytest.mark.parametrize("options", [{"rollout.ahead": 1}, PARTIAL], ids=["ahead", "partial"])
+def test_what_older_parameters_sampled_needs_a_correction(options):
+    name = next(iter(options))
+    for uncorrected in (
+        {"objective.old_logprobs": "recompute"},
+        {"objective.surrogate": "reinforce"},
+    ):
+        said = config_refusal(options | uncorrected)
+        assert said.startswith(f"{name}: trains on what older parameters sampled")
+        load_config(TINY, options | uncorrected | CORRECTED)
+    load_config(TINY, options | {"objective.surrogate": "cispo"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"rollout.oversampling": 1.5}, "rollout.oversampling: all that it samples beyond"),
+        ({"rollout.partial": True}, "rollout.partial: nothing beyond the batch begins"),
+        (
+            URL | PARTIAL,
+            "rollout.partial: not with a server",
+        ),
+        (
+            URL | {"rollout.devices": 1},
+            "rollout.devices: not with a server",
+        ),
+        (
+            {"rollout.devices": 3},
+            "rollout.slots: 16 do not split over rollout.devices=3",
+        ),
+        (
+            {
+                "rollout.dynamic_sampling": "reward",
+                "rl.samples_per_prompt": 1,
+                "objective.advantage": "batch_standardize",
+            },
+            "rollout.dynamic_sampling: nothing varies in a group of 1",
+        ),
+    ],
+)
+def test_ways_of_sampling_that_would_be_in_vain_are_refused(overrides, expected):
+    assert config_refusal(overrides).startswith(expected)
+
+
+def test_ways_of_sampling_go_together():
+    together = PARTIAL | {"rollout.ahead": 1, "rollout.devices": 2}
+    load_config(TINY, together | {"rollout.dynamic_sampling": "accuracy"})
+    load_config(TINY, {"rollout.dynamic_sampling": "reward", "rollout.oversampling": 3})

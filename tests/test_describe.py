@@ -20,7 +20,12 @@ from deltal_jax.config import (
 )
 from deltal_jax.model.lora import overlay, trained
 from deltal_jax.model.transformer import cast_weights, init_model, make_graphdef, split_model
-from deltal_jax.training.describe import batch_arithmetic, formula, memory_estimate
+from deltal_jax.training.describe import (
+    batch_arithmetic,
+    describe_sampling,
+    formula,
+    memory_estimate,
+)
 from deltal_jax.training.objective import make_loss
 from deltal_jax.training.optimizer import make_optimizer
 from deltal_jax.training.setup import init_params, make_architecture, make_setup
@@ -298,3 +303,32 @@ def test_the_memory_of_weights_is_that_of_what_a_run_holds(stored, computed, ran
     copies = sum(new for new, old in zip(copied, held, strict=True) if new != old)
     apart = sum(jax.tree.leaves(sizes[1]["blocks"]))  # of each layer
     assert estimate["sampling_weights"] == copies + apart
+
+
+def test_one_line_says_what_of_sampling_is_not_the_default():
+    assert describe_sampling(load_config("countdown-tiny")) == ""
+    options = {"rollout.dynamic_sampling": "reward", "rollout.oversampling": 1.5}
+    assert describe_sampling(load_config("countdown-tiny", options)) == (
+        "rollouts: 16 groups whose reward varies, in at most 10 rounds; 1.5 prompts begun for each "
+        "group needed"
+    )
+    options = {
+        "rollout.partial": True,
+        "rollout.oversampling": 2,
+        "rollout.ahead": 1,
+        "rollout.devices": 4,
+    }
+    assert describe_sampling(load_config("countdown-tiny", options)) == (
+        "rollouts: 2 prompts begun for each group needed; what was begun beyond them is carried "
+        "over; one step ahead of the update; on 4 devices of their own"
+    )
+
+
+def test_sampling_ahead_on_the_same_devices_takes_a_copy_of_the_parameters():
+    def memory(**options):
+        config = load_config("countdown-tiny", {f"rollout.{k}": v for k, v in options.items()})
+        return memory_estimate(config, make_architecture(config, 23))
+
+    plain = memory()
+    assert memory(ahead=1)["total"] == plain["total"] + plain["parameters"]
+    assert memory(ahead=1, devices=2) == plain

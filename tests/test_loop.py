@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from deltal_jax.config import load_config
 from deltal_jax.errors import UserError
 from deltal_jax.metrics import load_metrics
 from deltal_jax.training.checkpoint import Checkpoints
-from deltal_jax.training.collect import collect
+from deltal_jax.training.collect import RolloutStream
 from deltal_jax.training.loop import rollout_logprobs, update_policy
 from deltal_jax.training.objective import make_loss
 from deltal_jax.training.run_folder import CHECKPOINTS, load_run_config, model_files
@@ -75,12 +76,14 @@ def length_reward(prompts, responses, answers):
     return [len(response) / 10 for response in responses]
 
 
+#: Metrics that no two runs share.
+CLOCKS = ("time/", "throughput/", "overlap/")
+
+
 def timeless(path):
     """Metric lines without clocks."""
     lines = load_metrics(path / "metrics.jsonl")
-    return [
-        {k: v for k, v in x.items() if not k.startswith(("time/", "throughput/"))} for x in lines
-    ]
+    return [{k: v for k, v in x.items() if not k.startswith(CLOCKS)} for x in lines]
 
 
 def saved(path, number):
@@ -189,9 +192,51 @@ def test_two_steps_and_two_more_are_four_steps_bit_for_bit(tmp_path):
     assert min(kl) >= 0 and kl[0] < kl[-1] and kl[-1] > 1e-5
     for name in ("step-000002.jsonl", "step-000004.jsonl"):
         assert (halves / "samples" / name).read_text() == (whole / "samples" / name).read_text()
+    assert not (whole / CHECKPOINTS / "7" / "rollouts").exists()
     again = train(None, {"run.dir": str(halves)}, resume=True, quiet=True)
     assert again.step == 4
     assert timeless(halves) == timeless(whole)
+
+
+def rough_reward(prompts, responses, answers):
+    """Equal within some groups and not in others."""
+    return [float(len(response) // 60) for response in responses]
+
+
+#: What a step leaves to the next: responses that have begun, and a batch sampled ahead.
+LEAVING = {
+    "rollout.dynamic_sampling": "reward",
+    "rollout.oversampling": 2.0,
+    "rollout.partial": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [(LEAVING, {"carried"}), (LEAVING | {"rollout.ahead": 1}, {"carried", "pending"})],
+    ids=["partial", "ahead"],
+)
+def test_a_run_that_died_goes_on_bit_for_bit_with_what_it_had_sampled(options, left, tmp_path):
+    whole, died = tmp_path / "whole", tmp_path / "died"
+    options = RESUMABLE | options | {"checkpoint.every": 2, "evaluate.every": 0}
+    rewards = [Reward(rough_reward)]
+    train("countdown-tiny", options | {"run.dir": str(whole)}, rewards=rewards, quiet=True)
+    shutil.copytree(whole, died)
+    shutil.rmtree(died / CHECKPOINTS / "7")
+    train(None, {"run.dir": str(died)}, rewards=rewards, resume=True, quiet=True)
+    assert timeless(died) == timeless(whole)
+    jax.tree.map(np.testing.assert_array_equal, parameters(died), parameters(whole))
+    checkpoints = Checkpoints(whole / CHECKPOINTS, 2)
+    rollouts, position = checkpoints.read_rollouts(5), checkpoints.read_position(5)
+    checkpoints.close()
+    assert rollouts.keys() == left
+    assert rollouts["carried"]["prompts"]["positions"][-1] == position.next_prompt - 1
+    lines = [x for x in load_metrics(whole / "metrics.jsonl") if x["phase"] == "rl"]
+    assert max(line["rollout/rounds"] for line in lines) > 1
+    assert max(line["rollout/stale_frac"] for line in lines) > 0
+    if "pending" in left:
+        assert [line["rollout/staleness"] for line in lines] == [0, 4, 4, 4]
+        assert max(line["mismatch/logprob_diff_max"] for line in lines[1:]) > 1e-4
 
 
 def test_a_resumed_run_refuses_what_would_change_it(tmp_path):
@@ -310,8 +355,8 @@ def sampled():
     params = jax.tree.map(lambda x: x * 1.5 if x.ndim > 1 else x, params)
     engine = make_engine(setup, temperature=1.0)
     key = jax.random.key(0, impl="threefry2x32")
-    rewards = [Reward(length_reward)]
-    return setup, params, collect(setup, engine, params, key, step=0, rewards=rewards)
+    stream = RolloutStream(setup, engine, key, [Reward(length_reward)])
+    return setup, params, stream.next(params, 0)
 
 
 @pytest.fixture(scope="module")
@@ -391,8 +436,7 @@ def test_the_entropy_bonus_raises_the_entropy(sampled):
     config = once(objective__entropy_coefficient=1.0)
     setup = dataclasses.replace(setup, config=config)
     update = Update(setup.graphdef, optax.sgd(0.02), make_loss(config))
-    grades = dataclasses.replace(batch.grades, rewards=np.ones_like(batch.grades.rewards))
-    equal = dataclasses.replace(batch, grades=grades)
+    equal = dataclasses.replace(batch, rewards=np.ones_like(batch.rewards))
     state = update.init(jax.tree.map(jnp.copy, sampled[1]), jax.random.key(0))
     entropies = []
     for _ in range(4):

@@ -150,6 +150,9 @@ def test_a_dry_run_prints_config_formula_arithmetic_and_memory_and_writes_nothin
     total = sum(figures[f"memory, {part}"] for part in parts)
     assert figures["memory, total"] == pytest.approx(total, abs=0.3)
     assert list(tmp_path.iterdir()) == []
+    assert "rollouts:" not in out
+    _, out, _ = deltal("train", TINY, "rollout.ahead=1", "--dry-run")
+    assert "\n\nrollouts: one step ahead of the update\n\n" in out
 
 
 def test_a_dry_run_as_json_is_one_object_that_agrees_with_the_config(deltal, tmp_path):

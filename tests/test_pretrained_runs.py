@@ -21,7 +21,7 @@ from deltal_jax.errors import UserError
 from deltal_jax.model.huggingface import load_architecture, load_params
 from deltal_jax.model.lora import trained
 from deltal_jax.rollout.engine import Engine
-from deltal_jax.training.collect import collect, response_texts
+from deltal_jax.training.collect import RolloutStream, response_texts
 from deltal_jax.training.loop import update_policy
 from deltal_jax.training.setup import (
     check_setup,
@@ -236,7 +236,7 @@ def test_in_bfloat16_the_policy_of_all_programs_is_the_same(lora, checkpoint, ex
     update = make_update(setup, "rl")
     state = update.init(init_params(setup, jax.random.key(0)), jax.random.key(1), reference=True)
     engine = make_engine(setup, temperature=1.0)
-    batch = collect(setup, engine, state.params, jax.random.key(2), step=0)
+    batch = RolloutStream(setup, engine, jax.random.key(2)).next(state.params, 0)
     _, metrics = update_policy(setup, update, state, batch)
     assert abs(metrics["policy/ratio_max"] - 1.0) < 1e-6
     assert abs(metrics["policy/kl"]) < 1e-9

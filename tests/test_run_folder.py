@@ -103,6 +103,7 @@ def test_a_run_is_reopened_with_the_config_that_it_was_started_with():
         ("rl.tokens_per_microbatch", 512),
         ("sft.log_every", 3),
         ("rollout.slots", 5),
+        ("rollout.devices", 2),
         ("evaluate.every", 9),
         ("evaluate.problems", 11),
         ("checkpoint.every", 13),
@@ -146,6 +147,14 @@ def test_what_the_run_computes_may_not_change(field, value, before, after, tmp_p
         "start a new run instead"
     )
     assert everything_under(tmp_path) == written
+
+
+@pytest.mark.parametrize("field", ["rollout.slots", "rollout.devices"])
+def test_what_decides_how_far_a_response_comes_in_a_step_may_not_change(field):
+    partial = {"rollout.partial": True, "rollout.oversampling": 2.0}
+    folder, _ = create_run_folder(load_config("countdown-tiny", partial))
+    with pytest.raises(UserError, match=f"{field}: the run was started with"):
+        reopen_run_folder(None, {field: 4}, str(folder))
 
 
 def test_an_override_that_repeats_the_stored_value_is_no_change():

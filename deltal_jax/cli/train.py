@@ -71,6 +71,7 @@ def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
     from deltal_jax.training.describe import (
         batch_arithmetic,
         describe_model,
+        describe_sampling,
         formula,
         memory_estimate,
     )
@@ -90,6 +91,8 @@ def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
     print(dump_config(config))
     print(f"{describe_model(config, setup.architecture)}\n")
     print(formula(config), end="\n\n")
+    if sampling := describe_sampling(config):
+        print(sampling, end="\n\n")
     for key, value in counts.items():
         print(f"{key.replace('_', ' '):32}{value:>14,}")
     print()

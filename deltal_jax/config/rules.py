@@ -75,6 +75,47 @@ def check(config: Config) -> None:
         )
     _check_server(rollout, filtered)
     _check_objective(config.objective)
+    _check_rollout(config)
+
+
+def _check_rollout(config: Config) -> None:
+    rollout, objective = config.rollout, config.objective
+    if rollout.devices is not None and rollout.slots % rollout.devices:
+        raise UserError(
+            f"rollout.slots: {rollout.slots} do not split over rollout.devices={rollout.devices}"
+        )
+    if rollout.dynamic_sampling != "none" and config.rl.samples_per_prompt == 1:
+        raise UserError(
+            "rollout.dynamic_sampling: nothing varies in a group of 1; leave it at none, or set "
+            "rl.samples_per_prompt to at least 2"
+        )
+    for name in ("partial", "devices"):
+        if rollout.engine == "http" and getattr(rollout, name):
+            raise UserError(
+                f"rollout.{name}: not with a server; leave it out, or use the jax engine"
+            )
+    if rollout.oversampling > 1 and not rollout.partial and rollout.dynamic_sampling == "none":
+        raise UserError(
+            "rollout.oversampling: all that it samples beyond the batch would be thrown away; set "
+            "rollout.dynamic_sampling or rollout.partial, or leave it at 1"
+        )
+    if rollout.partial and rollout.oversampling == 1:
+        raise UserError(
+            "rollout.partial: nothing beyond the batch begins that could be carried over; set "
+            "rollout.oversampling to more than 1, such as 1.5"
+        )
+    if objective.old_logprobs == "sampler":
+        corrected = objective.surrogate != "reinforce"  # the ratio is to the sampler's
+    else:
+        corrected = objective.importance_correction != "none"
+    for name in ("ahead", "partial"):
+        if getattr(rollout, name) and not corrected:
+            raise UserError(
+                f"rollout.{name}: trains on what older parameters sampled, which needs a "
+                "correction; set objective.old_logprobs=recompute and "
+                "objective.importance_correction=token_truncate, or objective.old_logprobs=sampler "
+                "and a surrogate with a ratio"
+            )
 
 
 def _check_server(rollout: RolloutConfig, filtered: bool) -> None:

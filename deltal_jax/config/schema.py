@@ -156,6 +156,29 @@ class RolloutConfig:
     min_p: float = _field(
         0.0, "sample among tokens of this part of the best one's probability", low=0.0, high=1.0
     )
+    dynamic_sampling: Literal["none", "reward", "accuracy"] = _field(
+        "none", "train on groups in which this varies, and sample until there are enough"
+    )
+    max_rounds: int = _field(
+        10, "dynamic sampling: rounds at most; then the batch is filled up with other groups", low=1
+    )
+    oversampling: float = _field(
+        1.0, "prompts that a round may begin for each group that it needs", low=1.0, high=100.0
+    )
+    partial: bool = _field(
+        False, "carry what oversampling has begun over to the next step, finished or not"
+    )
+    ahead: int = _field(
+        0,
+        "1: sample the next rollout, by the parameters before the update, while it runs",
+        low=0,
+        high=1,
+    )
+    devices: int | None = _field(
+        None,
+        "so many, from the last on, sample only, so that ahead pays; null: those that train",
+        low=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

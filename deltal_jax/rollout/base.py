@@ -5,11 +5,17 @@ from typing import Any, Protocol
 from jaxtyping import Array
 
 from deltal_jax.rollout.schedule import RolloutStats
-from deltal_jax.types import Prompts, Rollout
+from deltal_jax.rollout.slots import SamplingOptions
+from deltal_jax.types import Prompts, Responses, Rollout
 
 
 class RolloutEngine(Protocol):
     """Samples responses: in this process (`engine.Engine`) or by a server (`http.HttpEngine`)."""
+
+    @property
+    def options(self) -> SamplingOptions:
+        """How responses are drawn."""
+        ...
 
     def generate(
         self,
@@ -27,4 +33,16 @@ class RolloutEngine(Protocol):
         round, the prompt's position in the data stream and the sample's number, never by history.
         Raises UserError for what cannot be sampled.
         """
+        ...
+
+    def sample(
+        self, params: Any, responses: Responses, *, needed: int | None = None, room: int = 0
+    ) -> tuple[Responses, RolloutStats]:
+        """Go on with every response until those to the first `needed` prompts are finished; None:
+        all. With `room`, calls with any number of prompts up to it share what is compiled."""
+        ...
+
+    def place(self, params: Any) -> Any:
+        """The parameters where they are sampled from, such that `sample` copies nothing more;
+        themselves where they are there already."""
         ...

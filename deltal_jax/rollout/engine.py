@@ -128,8 +128,9 @@ class Engine:
             donate_argnums=4,
         )
 
-    def _here(self, params: Any) -> Any:
-        """The parameters on the devices of the mesh."""
+    def place(self, params: Any) -> Any:
+        """The parameters on the devices of the mesh, copied from device to device; themselves where
+        they are there already."""
         own = jax.tree.leaves(params)[0].sharding.device_set
         if self.mesh is None or own == set(self.mesh.devices.flat):
             return params
@@ -195,22 +196,24 @@ class Engine:
         return assemble(responses), stats
 
     def sample(
-        self, params: Any, responses: Responses, *, needed: int | None = None
+        self, params: Any, responses: Responses, *, needed: int | None = None, room: int = 0
     ) -> tuple[Responses, RolloutStats]:
         """Go on with every response until those to the first `needed` prompts are finished; None:
         all. Others may be unfinished then.
 
         Each begins in its turn, those that were begun before first. What was sampled before stays
-        as it is, log-probabilities included; the cache is computed anew, by `params`. Raises
-        UserError as `generate` does.
+        as it is, log-probabilities included; the cache is computed anew, by `params`. Calls with
+        any number of prompts up to `room` share their compiled programs. Raises UserError as
+        `generate` does.
         """
         prompts = responses.prompts
         self._check(params, prompts, math.ceil(len(responses.lengths) / len(prompts.lengths)))
         wanted = len(prompts.lengths) if needed is None else needed
-        plan = make_plan(responses, wanted, self.shards, self.options.slots // self.shards)
+        slots_each = self.options.slots // self.shards
+        plan = make_plan(responses, wanted, self.shards, slots_each, room)
         longest = [int(pool.lengths.max()) for pool in plan.pools]
         windows = self._windows(prompts)
-        params, layers = self._weights(self._here(params))
+        params, layers = self._weights(self.place(params))
         slots = self._empty(params, _fitting(windows, max(longest, default=1)), plan.rows.size)
         slots = dataclasses.replace(slots, owed=self._place(plan.needed))
         # On a mesh none stops by itself: others may have long ones to finish.

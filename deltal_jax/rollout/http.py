@@ -112,6 +112,17 @@ class HttpEngine:
         """
         check_request(self.options, self.arch, prompts, samples)
         responses = begin(self.options, prompts, key, samples=samples, step=step, round_=round_)
+        responses, stats = self.sample(params, responses)
+        return assemble(responses), stats
+
+    def sample(
+        self, params: Any, responses: Responses, *, needed: int | None = None, room: int = 0
+    ) -> tuple[Responses, RolloutStats]:
+        """All of the responses, of which none may have begun: `needed` and `room` change nothing
+        here. Raises UserError as `generate`."""
+        del needed, room
+        assert not responses.lengths.any(), "a server begins each response anew"
+        prompts = responses.prompts
         seeds = responses.keys[:, 0] >> 1  # 31 bits: not every server takes more
         ids = [
             row[:length].tolist()
@@ -124,7 +135,11 @@ class HttpEngine:
         with self._weights.lock:
             given = self._persist(params, asked)
         responses = self._filled(responses, [own.answer for own in given])
-        return assemble(responses), _stats(given, self._places(len(given)))
+        return responses, _stats(given, self._places(len(given)))
+
+    def place(self, params: Any) -> Any:
+        """As they are: the server reads them from a folder."""
+        return params
 
     def _persist(self, params: Any, asked: list[Asked]) -> list[Given]:
         """All answers, each from these parameters, however often the server gets lost in between,

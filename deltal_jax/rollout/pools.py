@@ -47,11 +47,12 @@ class Plan:
     pools: list[Pool]
 
 
-def make_plan(responses: Responses, needed: int, devices: int, slots: int) -> Plan:
+def make_plan(responses: Responses, needed: int, devices: int, slots: int, room: int = 0) -> Plan:
     """Deal the prompts out in turn, to devices with so many slots each. `needed` is how many
-    prompts, from the first on, must be answered."""
+    prompts, from the first on, must be answered. Arrays are as large as for `room` prompts, if
+    these are more."""
     count = len(responses.prompts.lengths)
-    each = math.ceil(count / devices)
+    each = math.ceil(max(count, room) / devices)
     samples = int(np.max(np.bincount(responses.group_ids, minlength=count)))
     owner, unfinished = responses.group_ids % devices, ~responses.finished
     owned = [np.flatnonzero(unfinished & (owner == device)) for device in range(devices)]

@@ -21,6 +21,11 @@ class RolloutStats:
     #: Of list scheduling: each response begins on the slot that is free first, in the same order.
     ideal_slot_steps: int
 
+    def __add__(self, other: "RolloutStats") -> "RolloutStats":
+        """Of both, one after the other."""
+        counts = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return RolloutStats(*(a + b for a, b in counts))
+
     @property
     def utilization(self) -> float:
         """The share of slot-steps that gave a token, tail included."""

@@ -13,6 +13,9 @@ from deltal_jax.errors import UserError
 from deltal_jax.model.lora import trained
 from deltal_jax.types import TrainState
 
+#: Name of the arrays beside the state.
+ROLLOUTS = "rollouts"
+
 
 @dataclasses.dataclass(frozen=True)
 class Position:
@@ -32,18 +35,25 @@ class Checkpoints:
         self._folder = folder.absolute()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def save(self, number: int, state: TrainState, position: Position) -> None:
+    def save(
+        self,
+        number: int,
+        state: TrainState,
+        position: Position,
+        rollouts: dict[str, Any] | None = None,
+    ) -> None:
         """Write one checkpoint and wait until it is complete. Of the parameters only the trained
-        ones are in it."""
+        ones are in it. `rollouts`: nested dictionaries of NumPy arrays that go with it, if any."""
         if number in self._manager.all_steps():
             return
         meta = {"position": dataclasses.asdict(position)}
-        self._manager.save(
-            number,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_tree(state)), meta=ocp.args.JsonSave(meta)
-            ),
-        )
+        items: dict[str, Any] = {
+            "state": ocp.args.StandardSave(_tree(state)),
+            "meta": ocp.args.JsonSave(meta),
+        }
+        if rollouts:
+            items[ROLLOUTS] = ocp.args.StandardSave(rollouts)
+        self._manager.save(number, args=ocp.args.Composite(**items))
         self._manager.wait_until_finished()
 
     def newest(self) -> int | None:
@@ -56,6 +66,13 @@ class Checkpoints:
             number, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         )
         return Position(**restored["meta"]["position"])
+
+    def read_rollouts(self, number: int) -> dict[str, Any]:
+        """The arrays that were saved beside the state; empty where there were none."""
+        if not (self._folder / str(number) / ROLLOUTS).is_dir():
+            return {}
+        item = ocp.args.Composite(**{ROLLOUTS: ocp.args.StandardRestore()})
+        return self._manager.restore(number, args=item)[ROLLOUTS]
 
     def read_state(self, number: int, abstract: TrainState) -> TrainState:
         """The state, in the shapes and types of `abstract`; of its parameters the trained ones.

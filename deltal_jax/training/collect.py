@@ -1,65 +1,245 @@
-"""One rollout batch: sample and grade."""
+"""Rollout batches: sample and grade, step after step, in the order of the training stream."""
 
 import dataclasses
+import functools
+import json
+import math
+import operator
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from deltal_jax.data.prompts import training_problems
 from deltal_jax.rollout.base import RolloutEngine
+from deltal_jax.rollout.results import assemble, begin, join, take
+from deltal_jax.rollout.schedule import RolloutStats
 from deltal_jax.tasks.base import Problem
-from deltal_jax.tasks.grading import Grades, Reward, grade
+from deltal_jax.tasks.grading import Reward, grade
+from deltal_jax.training.groups import (
+    Groups,
+    choose,
+    informative,
+    join_groups,
+    rows_of,
+    take_groups,
+)
 from deltal_jax.training.setup import Setup, encode_problems
-from deltal_jax.types import Rollout
+from deltal_jax.types import Prompts, Responses, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
-    """A graded rollout batch, ready for updates."""
+    """A graded rollout batch, ready for updates; in host memory."""
 
-    problems: list[Problem]
+    #: Of each response's prompt in the training stream, Int[B].
+    positions: np.ndarray
     rollout: Rollout
-    responses: list[str]
-    grades: Grades
+    #: NaN where missing, Float[B].
+    rewards: np.ndarray
     metrics: dict[str, float]
 
 
-def collect(
-    setup: Setup,
-    engine: RolloutEngine,
-    params: Any,
-    key: jax.Array,
-    *,
-    step: int,
-    rewards: Sequence[Reward | str] = ("task",),
-) -> Collected:
-    """The rollout batch of one RL step (counted from 0): prompts step·P … step·P + P − 1."""
-    config = setup.config
-    started = time.perf_counter()
-    P, start = config.rl.prompts_per_step, step * config.rl.prompts_per_step
-    problems = training_problems(setup.task, config.seed, start, P)
-    prompts = encode_problems(setup, problems, start)
-    rollout, stats = engine.generate(
-        params, prompts, key, samples=config.rl.samples_per_prompt, step=step
-    )
-    sampled = time.perf_counter()
-    responses = response_texts(setup, rollout)
-    per_response = [problems[group] for group in rollout.group_ids]
-    grades = grade(setup.task, per_response, responses, rewards)
-    graded = time.perf_counter()
-    metrics = {
-        **reward_metrics(grades, np.asarray(rollout.group_ids)),
-        **length_metrics(rollout.response_lengths, rollout.truncated, grades.correct),
-        "rollout/utilization": stats.utilization,
-        "rollout/utilization_queued": stats.utilization_queued,
-        "rollout/utilization_ideal": stats.ideal_utilization,
-        "time/rollout": sampled - started,
-        "time/reward": graded - sampled,
-    }
-    return Collected(problems, rollout, responses, grades, metrics)
+@dataclasses.dataclass
+class _Gathered:
+    """What the rounds of a step found: graded groups in prompt order, and which are good."""
+
+    parts: list[Groups] = dataclasses.field(default_factory=list)
+    good: list[bool] = dataclasses.field(default_factory=list)
+    rounds: list[RolloutStats] = dataclasses.field(default_factory=list)
+    grading: float = 0.0  # seconds
+
+
+class RolloutStream:
+    """The batches of a run, one a step.
+
+    Prompts begin in the order of the training stream, and groups are graded and chosen in that
+    order, never in that in which they end: who takes those that end first trains on short
+    responses. So a finished group waits for those before it.
+
+    `rollout.dynamic_sampling` samples in rounds until enough groups are informative; rounds after
+    the first are as large as the share of informative groups so far suggests. Where they are too
+    few in the end, the first of the others make up the number. With `rollout.partial`, what has
+    begun and this step does not need waits for the next one: finished groups, which are graded when
+    their turn comes, and unfinished ones, which then go on under newer parameters.
+
+    What one step leaves to the next is `next_prompt`, the first position of the stream that has not
+    begun, and `carried`, the responses to the prompts right before it.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        engine: RolloutEngine,
+        key: jax.Array,
+        rewards: Sequence[Reward | str] = ("task",),
+        *,
+        next_prompt: int = 0,
+        carried: Responses | None = None,
+    ):
+        self.setup, self.engine = setup, engine
+        self.next_prompt, self.carried = next_prompt, carried
+        # A copy: the state that it is part of is given away to every update.
+        self._key, self._rewards = jnp.copy(key), rewards
+
+    def next(self, params: Any, step: int) -> Collected:
+        """The batch of an RL step (counted from 0), sampled by `params`."""
+        started, rl = time.perf_counter(), self.setup.config.rl
+        samples, options = rl.samples_per_prompt, self.setup.config.rollout
+        before = np.zeros(0, np.int32) if self.carried is None else self.carried.lengths
+        found = self._gather(params, step)
+        groups = join_groups(found.parts, samples)
+        chosen = choose(np.asarray(found.good), rl.prompts_per_step)
+        batch = take_groups(groups, chosen, samples)
+        unused = self._keep()
+        metrics = batch.metrics | _utilization(found.rounds)
+        if options.dynamic_sampling != "none":
+            everything = groups.metrics
+            metrics |= {
+                "rollout/rounds": float(len(found.rounds)),
+                "rollout/informative_groups": float(sum(found.good)),
+                "rollout/informative_frac": float(np.mean(found.good)),
+                "rollout/groups_dropped": float(len(found.good) - len(chosen) + unused),
+                "rollout/reward_mean": everything["reward/mean"],
+                "rollout/accuracy_mean": everything["accuracy/mean"],
+            }
+        if options.partial:
+            rows = rows_of(chosen, samples)
+            stale = before[rows[rows < len(before)]].sum()  # what was carried comes first
+            metrics |= {
+                "rollout/stale_frac": float(stale / batch.rollout.loss_mask.sum()),
+                "rollout/carried": float(_count(self.carried) * samples),
+            }
+        metrics["time/reward"] = found.grading
+        metrics["time/rollout"] = time.perf_counter() - started - found.grading
+        return Collected(batch.positions, batch.rollout, batch.rewards, metrics)
+
+    def saved(self) -> dict[str, Any]:
+        """Arrays that a checkpoint needs beside `next_prompt`; none where nothing is carried."""
+        return {} if self.carried is None else {"carried": arrays_of(self.carried)}
+
+    def _gather(self, params: Any, step: int) -> _Gathered:
+        """Sample and grade until there are enough good groups, or no more rounds."""
+        wanted, options = self.setup.config.rl.prompts_per_step, self.setup.config.rollout
+        rounds = 1 if options.dynamic_sampling == "none" else options.max_rounds
+        found, params = _Gathered(), self.engine.place(params)
+        while (missing := wanted - sum(found.good)) and len(found.rounds) < rounds:
+            share = float(np.mean(found.good)) if found.good else 1.0
+            found.rounds.append(self._sample(params, missing, share, step, len(found.rounds)))
+            clock = time.perf_counter()
+            while count := min(wanted - sum(found.good), self._ready()):
+                groups = self._grade(self._pop(count))
+                found.parts.append(groups)
+                found.good += self._good(groups).tolist()
+            found.grading += time.perf_counter() - clock
+        return found
+
+    def _sample(
+        self, params: Any, missing: int, share: float, step: int, round_: int
+    ) -> RolloutStats:
+        """One round, for so many good groups more, where this share of the groups is good."""
+        options, rl = self.setup.config.rollout, self.setup.config.rl
+        room = math.ceil(rl.prompts_per_step * options.oversampling)
+        if options.partial:  # later ones may be finished by another round, or step
+            needed = math.ceil(min(missing / max(share, 1e-9), rl.prompts_per_step))
+            count = math.ceil(needed * options.oversampling)
+        else:
+            needed = None
+            count = math.ceil(min(missing * max(options.oversampling, 1 / max(share, 1e-9)), room))
+        if (more := count - _count(self.carried)) > 0:
+            problems = self._problems(self.next_prompt, more)
+            fresh = begin(
+                self.engine.options,
+                encode_problems(self.setup, problems, self.next_prompt),
+                self._key,
+                samples=rl.samples_per_prompt,
+                step=step,
+                round_=round_,
+            )
+            self.carried = fresh if self.carried is None else join(self.carried, fresh)
+            self.next_prompt += more
+        assert self.carried is not None
+        self.carried, stats = self.engine.sample(params, self.carried, needed=needed, room=room)
+        return stats
+
+    def _ready(self) -> int:
+        """How many groups are finished before the first that is not."""
+        if self.carried is None:
+            return 0
+        unfinished = self.carried.group_ids[~self.carried.finished]
+        return int(unfinished[0]) if len(unfinished) else _count(self.carried)
+
+    def _pop(self, count: int) -> Responses:
+        """The first `count` groups, which are carried no longer."""
+        assert self.carried is not None
+        first, rest = np.split(np.arange(_count(self.carried)), [count])
+        popped = take(self.carried, first)
+        self.carried = take(self.carried, rest) if len(rest) else None
+        return popped
+
+    def _keep(self) -> int:
+        """Carry over what has begun, or nothing; returns how many groups are thrown away."""
+        count = _count(self.carried)
+        if self.carried is None or not self.setup.config.rollout.partial:
+            self.carried = None
+            return count
+        begun = self.carried.group_ids[self.carried.lengths > 0]
+        kept = int(begun[-1]) + 1 if len(begun) else 0
+        self.carried = take(self.carried, np.arange(kept)) if kept else None
+        self.next_prompt -= count - kept  # their turn comes again
+        return 0
+
+    def _problems(self, start: int, count: int) -> list[Problem]:
+        return training_problems(self.setup.task, self.setup.config.seed, start, count)
+
+    def _grade(self, responses: Responses) -> Groups:
+        rollout, positions = assemble(responses), responses.prompts.positions
+        problems = self._problems(int(positions[0]), len(positions))
+        asked = [problems[group] for group in rollout.group_ids]
+        texts = response_texts(self.setup, rollout)
+        grades = grade(self.setup.task, asked, texts, self._rewards)
+        each = positions[rollout.group_ids]
+        return Groups(each, rollout, grades.rewards, grades.correct, grades.parts)
+
+    def _good(self, groups: Groups) -> np.ndarray:
+        """Which groups may be trained: all, or by `rollout.dynamic_sampling`."""
+        kind = self.setup.config.rollout.dynamic_sampling
+        samples = self.setup.config.rl.samples_per_prompt
+        values = {"none": None, "reward": groups.rewards, "accuracy": groups.correct}[kind]
+        if values is None:
+            return np.ones(len(groups.positions) // samples, bool)
+        return informative(values, ~np.isnan(groups.rewards), samples)
+
+
+def arrays_of(value: Any) -> dict[str, Any]:
+    """A dataclass as nested dictionaries of arrays, without what is None; plain numbers by name as
+    JSON in bytes."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        part = getattr(value, field.name)
+        if dataclasses.is_dataclass(part):
+            part = arrays_of(part)
+        elif isinstance(part, dict):
+            part = np.frombuffer(json.dumps(part).encode(), np.uint8)
+        if part is not None:
+            found[field.name] = part
+    return found
+
+
+def load_carried(arrays: dict[str, Any]) -> Responses:
+    """The responses that `arrays_of` took apart."""
+    fields: dict[str, Any] = arrays | {"prompts": Prompts(**arrays["prompts"])}
+    return Responses(**fields)
+
+
+def load_collected(arrays: dict[str, Any]) -> Collected:
+    """The batch that `arrays_of` took apart."""
+    metrics = json.loads(np.asarray(arrays["metrics"]).tobytes())
+    fields: dict[str, Any] = arrays | {"rollout": Rollout(**arrays["rollout"]), "metrics": metrics}
+    return Collected(**fields)
 
 
 def response_texts(setup: Setup, rollout: Rollout) -> list[str]:
@@ -74,46 +254,15 @@ def response_texts(setup: Setup, rollout: Rollout) -> list[str]:
     return texts
 
 
-def reward_metrics(grades: Grades, group_ids: np.ndarray) -> dict[str, float]:
-    """Means over the known rewards; groups of one reward teach nothing: all ≤ 0, or all above."""
-    known = ~np.isnan(grades.rewards)
-    rewards = grades.rewards[known]
-    metrics = {
-        "reward/mean": _mean(rewards),
-        "reward/std": float(np.std(rewards)) if rewards.size else float("nan"),
-        "reward/missing": float(np.sum(~known)),
-        "accuracy/mean": _mean(grades.correct),
-    }
-    if len(grades.parts) > 1:
-        metrics |= {f"reward/{k}/mean": _mean(v[~np.isnan(v)]) for k, v in grades.parts.items()}
-    groups = [grades.rewards[(group_ids == g) & known] for g in np.unique(group_ids)]
-    constant = [g[0] for g in groups if g.size and np.all(g == g[0])]
-    zero = sum(reward <= 0 for reward in constant)
-    metrics |= {
-        "reward/frac_zero_std": len(constant) / len(groups),
-        "reward/frac_all_zero": zero / len(groups),
-        "reward/frac_all_one": (len(constant) - zero) / len(groups),
-    }
-    return metrics
+def _count(responses: Responses | None) -> int:
+    """Groups."""
+    return 0 if responses is None else len(responses.prompts.lengths)
 
 
-def length_metrics(
-    lengths: np.ndarray, truncated: np.ndarray, correct: np.ndarray
-) -> dict[str, float]:
-    """Trained tokens a response."""
-    low, middle, high = np.percentile(lengths, [5, 50, 95])
+def _utilization(rounds: list[RolloutStats]) -> dict[str, float]:
+    stats = functools.reduce(operator.add, rounds)
     return {
-        "length/mean": float(np.mean(lengths)),
-        "length/min": float(np.min(lengths)),
-        "length/max": float(np.max(lengths)),
-        "length/p5": float(low),
-        "length/p50": float(middle),
-        "length/p95": float(high),
-        "length/truncated_frac": float(np.mean(truncated)),
-        "length/correct_mean": _mean(lengths[correct]),
-        "length/wrong_mean": _mean(lengths[~correct]),
+        "rollout/utilization": stats.utilization,
+        "rollout/utilization_queued": stats.utilization_queued,
+        "rollout/utilization_ideal": stats.ideal_utilization,
     }
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(np.mean(values)) if values.size else float("nan")

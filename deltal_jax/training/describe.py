@@ -203,6 +203,26 @@ def describe_model(config: Config, arch: Architecture) -> str:
     )
 
 
+def describe_sampling(config: Config) -> str:
+    """What of a rollout is not the default, in one line; empty where all is."""
+    rollout, rl = config.rollout, config.rl
+    parts = []
+    if rollout.dynamic_sampling != "none":
+        parts.append(
+            f"{rl.prompts_per_step} groups whose {rollout.dynamic_sampling} varies, in at most "
+            f"{rollout.max_rounds} rounds"
+        )
+    if rollout.oversampling > 1:
+        parts.append(f"{rollout.oversampling:g} prompts begun for each group needed")
+    if rollout.partial:
+        parts.append("what was begun beyond them is carried over")
+    if rollout.ahead:
+        parts.append("one step ahead of the update")
+    if rollout.devices is not None:
+        parts.append(f"on {rollout.devices} devices of their own")
+    return f"rollouts: {'; '.join(parts)}" if parts else ""
+
+
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
@@ -222,12 +242,14 @@ def memory_estimate(config: Config, arch: Architecture) -> dict[str, int]:
     activations = max(
         _activations(arch, bucket_rows(edge, budget), edge, computed) for edge in edges
     )
+    copied = config.rollout.ahead and config.rollout.devices is None
     parts = {
         "parameters": own * stored + frozen * narrow,
         "optimizer": 2 * own * BYTES[config.rl.optimizer.moment_dtype],
         "gradients": 2 * own * FLOAT_BYTES,
         "reference": own * stored if config.objective.kl_coefficient else 0,
         "activations": activations,
+        "sampling_copy": copied * (own * stored + frozen * narrow),
     }
     if config.rollout.engine == "jax":
         parts |= _sampling_memory(config, arch)

@@ -2,12 +2,8 @@
 again."""
 
 import dataclasses
-import json
-import platform
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,8 +13,6 @@ import numpy as np
 
 from deltal_jax.analysis.report import write_report
 from deltal_jax.backend import enable_compile_cache
-from deltal_jax.config import Config, dump_config, load_config
-from deltal_jax.errors import UserError
 from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics
 from deltal_jax.model.lora import overlay
 from deltal_jax.model.transformer import attention_work
@@ -26,31 +20,18 @@ from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.tasks.grading import Reward, RewardFunction, as_rewards
 from deltal_jax.training import run_folder
+from deltal_jax.training.ahead import Ahead, open_batches
 from deltal_jax.training.buckets import make_buckets, make_minibatches, padding_fraction
 from deltal_jax.training.checkpoint import Checkpoints, Position
-from deltal_jax.training.collect import Collected, collect
-from deltal_jax.training.describe import describe_model, formula
-from deltal_jax.training.evaluate import evaluate, write_samples
+from deltal_jax.training.collect import Collected, RolloutStream
 from deltal_jax.training.objective import minibatch_ids, reject, weigh
 from deltal_jax.training.optimizer import learning_rate
-from deltal_jax.training.setup import (
-    Setup,
-    check_setup,
-    init_params,
-    make_engine,
-    make_setup,
-    make_update,
-    pin_checkpoint,
-    save_model_files,
-)
+from deltal_jax.training.run import Run, check_profile, create_run, reopen_run
+from deltal_jax.training.setup import Setup, init_params, make_engine, make_update
 from deltal_jax.training.sft import demonstration_batches
 from deltal_jax.training.step import NonFiniteLoss, Update
 from deltal_jax.training.trained import restore_state
 from deltal_jax.types import Rollout, TrainState
-
-
-class TrainingError(ArithmeticError):
-    """The run cannot go on; the message says where it stopped and how to resume."""
 
 
 class _Interrupted(Exception):
@@ -73,38 +54,6 @@ class TrainResult:
         """Plain JSON."""
         plain = dataclasses.asdict(self)
         return {k: str(v) if isinstance(v, Path) else v for k, v in plain.items()}
-
-
-@dataclasses.dataclass
-class _Run:
-    """The open files and switches of a run; nothing here decides numerics."""
-
-    folder: Path
-    setup: Setup
-    rewards: Sequence[Reward | str]
-    writer: MetricsWriter
-    checkpoints: Checkpoints
-    display: ProgressDisplay
-    profile: tuple[int, int] | None
-    stop_requested: bool = False
-    tracing: bool = False
-
-    def save(self, state: TrainState, phase: str, step: int) -> float:
-        """Save a checkpoint after `step` finished steps of a phase; returns the seconds it took."""
-        started = time.perf_counter()
-        config = self.setup.config
-        number = step + (config.sft.steps if phase == "rl" else 0)
-        next_prompt = step * config.rl.prompts_per_step if phase == "rl" else 0
-        position = Position(phase, step, next_prompt, self.writer.bytes_written)
-        self.checkpoints.save(number, state, position)
-        return time.perf_counter() - started
-
-    def resume_command(self) -> str:
-        """What to type to go on; a run with its own rewards goes on from Python."""
-        if list(self.rewards) == ["task"]:
-            return f"deltal train run.dir={self.folder} --resume"
-        overrides = {"run.dir": str(self.folder)}
-        return f"deltal_jax.train(None, {overrides}, rewards=…the same…, resume=True)"
 
 
 def train(
@@ -133,21 +82,21 @@ def train(
     display = ProgressDisplay(quiet=quiet)
     if resume:
         name = None if experiment is None else str(experiment)
-        folder, setup = _reopen(name, overrides, wanted, display)
+        folder, setup = reopen_run(name, overrides, wanted, display)
     else:
-        folder, setup = _create(experiment, overrides, profile)
+        folder, setup = create_run(experiment, overrides, profile)
     config = setup.config
-    _check_profile(profile, config)
+    check_profile(profile, config)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep_last)
     newest = checkpoints.newest() if resume else None
     position = Position("sft", 0, 0, 0) if newest is None else checkpoints.read_position(newest)
     writer = MetricsWriter(
         folder, keep_bytes=position.metrics_bytes, tensorboard=config.run.tensorboard
     )
-    run = _Run(folder, setup, wanted, writer, checkpoints, display, profile)
-    _announce(run, newest, position)
+    run = Run(folder, setup, wanted, writer, checkpoints, display, profile)
+    run.announce(newest, position)
     try:
-        with _interruptible(run):
+        with run.interruptible():
             step, status = _run_phases(run, newest, position)
     finally:
         display.stop()
@@ -156,69 +105,7 @@ def train(
     return _finish(run, step, status, time.monotonic() - started)
 
 
-def _create(
-    experiment: str | Path | None, overrides: dict[str, Any], profile: tuple[int, int] | None
-) -> tuple[Path, Setup]:
-    """A new run: checked as a whole before its folder is made."""
-    if experiment is None:
-        raise UserError("config: name an experiment; `deltal configs` lists them")
-    config = pin_checkpoint(load_config(experiment, overrides))
-    _check_profile(profile, config)
-    run_folder.check_run_folder(config)
-    setup = make_setup(config)
-    check_setup(setup)
-    folder, config = run_folder.create_run_folder(config)
-    save_model_files(setup, folder / run_folder.MODEL)
-    return folder, dataclasses.replace(setup, config=config)
-
-
-def _reopen(
-    name: str | None,
-    overrides: dict[str, Any],
-    rewards: Sequence[Reward | str],
-    display: ProgressDisplay,
-) -> tuple[Path, Setup]:
-    """A run to go on with: checked before anything in its folder changes."""
-    folder, config = run_folder.reopen_run_folder(name, overrides, overrides.get("run.dir"))
-    _check_rewards(folder, rewards)
-    if config.lora.rank:
-        config = pin_checkpoint(config)
-    saved = run_folder.model_files(folder)
-    setup = make_setup(config, saved)
-    check_setup(setup, weights=setup.architecture.lora is not None)
-    if name is not None and (drift := run_folder.drifted_fields(name, config)):
-        display.say(f"note: the run's own config holds, {name} differs in {', '.join(drift)}")
-    run_folder.write_text(folder / run_folder.CONFIG, dump_config(config))
-    if saved is None:  # it was ended before it had them
-        save_model_files(setup, folder / run_folder.MODEL)
-    return folder, setup
-
-
-def _reward_names(rewards: Sequence[Reward | str]) -> list[str]:
-    """Names and weights, as they are kept with the run."""
-    return [r if isinstance(r, str) else f"{r.weight:g} * {r.name}" for r in rewards]
-
-
-def _check_rewards(folder: Path, rewards: Sequence[Reward | str]) -> None:
-    """A resumed run maximises what it was started with."""
-    path = folder / run_folder.SUMMARY
-    if not path.is_file():
-        return
-    before = json.loads(path.read_text(encoding="utf-8")).get("rewards", ["task"])
-    now = _reward_names(rewards)
-    if before != now:
-        raise UserError(
-            f"rewards: the run was started with {before} and cannot go on with {now}; "
-            "resume it from Python with the same rewards"
-        )
-
-
-def _check_profile(profile: tuple[int, int] | None, config: Config) -> None:
-    if profile is not None and profile[0] > config.rl.steps:
-        raise UserError(f"--profile: starts at {profile[0]}, but rl.steps is {config.rl.steps}")
-
-
-def _run_phases(run: _Run, newest: int | None, position: Position) -> tuple[int, str]:
+def _run_phases(run: Run, newest: int | None, position: Position) -> tuple[int, str]:
     """Warm-up and RL from wherever the checkpoint is; returns the RL step and how it ended."""
     setup, config = run.setup, run.setup.config
     key = jax.random.key(config.seed, impl="threefry2x32")
@@ -235,17 +122,21 @@ def _run_phases(run: _Run, newest: int | None, position: Position) -> tuple[int,
             state = _warm_up(run, warm_up, state, position.step)
             reference = config.objective.kl_coefficient > 0
             state = policy.init(state.params, state.key, reference=reference, donate=True)
-            _evaluate(run, evaluator, state, 0)
+            run.evaluate(evaluator, state, 0)
             run.save(state, "rl", 0)
         if run.stop_requested:
             raise _Interrupted(step)
-        step = _reinforce(run, policy, evaluator, state, step)
+        rollouts = {} if newest is None else run.checkpoints.read_rollouts(newest)
+        with open_batches(
+            setup, state.key, run.rewards, next_prompt=position.next_prompt, rollouts=rollouts
+        ) as batches:
+            step = _reinforce(run, policy, batches, evaluator, state, step)
     except _Interrupted as interrupt:
         return int(interrupt.args[0]), "interrupted"
     return step, "done"
 
 
-def _warm_up(run: _Run, update: Update, state: TrainState, done: int) -> TrainState:
+def _warm_up(run: Run, update: Update, state: TrainState, done: int) -> TrainState:
     """Supervised steps done+1 … sft.steps. An interrupt is honoured at the next line of metrics, so
     that a line never spans a resume."""
     config = run.setup.config.sft
@@ -279,23 +170,25 @@ def _warm_up(run: _Run, update: Update, state: TrainState, done: int) -> TrainSt
 
 
 def _reinforce(
-    run: _Run, update: Update, evaluator: RolloutEngine, state: TrainState, done: int
+    run: Run,
+    update: Update,
+    batches: RolloutStream | Ahead,
+    evaluator: RolloutEngine,
+    state: TrainState,
+    done: int,
 ) -> int:
     """RL steps done+1 … rl.steps, with evaluations and checkpoints; returns the last step."""
     config = run.setup.config
-    engine = make_engine(run.setup, temperature=config.rollout.temperature, training=True)
     run.display.start("RL", done, config.rl.steps)
     accuracy, saving = float("nan"), 0.0
     for step in range(done + 1, config.rl.steps + 1):
         clock = time.perf_counter()
-        with _profiled(run, step):
-            batch = collect(
-                run.setup, engine, state.params, state.key, step=step - 1, rewards=run.rewards
-            )
+        with run.profiled(step):
+            batch = batches.next(state.params, step - 1)
             try:
                 state, metrics = update_policy(run.setup, update, state, batch)
             except NonFiniteLoss as error:
-                raise _stopped(run, "RL", step, error) from error
+                raise run.stopped("RL", step, error) from error
         seconds = time.perf_counter() - clock
         metrics |= batch.metrics | {
             "throughput/tokens_per_s": float(batch.rollout.response_lengths.sum()) / seconds,
@@ -303,11 +196,11 @@ def _reinforce(
         }
         run.writer.write(step, "rl", metrics)
         if config.evaluate.every and step % config.evaluate.every == 0:
-            accuracy = _evaluate(run, evaluator, state, step)
+            accuracy = run.evaluate(evaluator, state, step)
         saving = 0.0
         due = config.checkpoint.every and step % config.checkpoint.every == 0
         if due or step == config.rl.steps or run.stop_requested:
-            saving = run.save(state, "rl", step)
+            saving = run.save(state, "rl", step, batches)
         shown = {
             "accuracy": accuracy,
             "reward": metrics["reward/mean"],
@@ -319,7 +212,7 @@ def _reinforce(
             raise _Interrupted(step)
     last = max(done, config.rl.steps)
     if last and not (config.evaluate.every and last % config.evaluate.every == 0):
-        _evaluate(run, evaluator, state, last)
+        run.evaluate(evaluator, state, last)
     return last
 
 
@@ -344,7 +237,7 @@ def update_policy(
             update, overlay(state.params, state.reference), rollout, **layout
         )
     recomputed = time.perf_counter()
-    weighted = weigh(config, rollout, batch.grades.rewards)
+    weighted = weigh(config, rollout, batch.rewards)
     minibatches = make_minibatches(
         rollout,
         minibatch_ids(config, rollout),
@@ -393,49 +286,7 @@ def rollout_logprobs(update: Update, params: Any, rollout: Rollout, **layout: An
     return found
 
 
-def _evaluate(run: _Run, engine: RolloutEngine, state: TrainState, step: int) -> float:
-    clock = time.perf_counter()
-    result = evaluate(run.setup, engine, state.params, state.key)
-    seconds = {"time/evaluate": time.perf_counter() - clock}
-    run.writer.write(step, "eval", result.metrics | seconds)
-    rows = run.setup.config.evaluate.rows
-    write_samples(run.folder / run_folder.SAMPLES, step, result, rows)
-    prefix = f"eval/{run.setup.task.name}"
-    accuracy, truncated = (result.metrics[f"{prefix}/{k}"] for k in ("avg_at_k", "truncated_frac"))
-    run.display.say(
-        f"step {step}: accuracy {accuracy:.3f} on {run.setup.config.evaluate.problems} held-out "
-        f"problems ({result.metrics[f'{prefix}/distinct']:.0f} distinct), "
-        f"length {result.metrics[f'{prefix}/length']:.1f}, truncated {truncated:.3f}"
-    )
-    return accuracy
-
-
-def _announce(run: _Run, newest: int | None, position: Position) -> None:
-    config = run.setup.config
-    said = formula(config)
-    facts = {
-        "formula": said,
-        "rewards": _reward_names(run.rewards),
-        "environment": {
-            "jax": jax.__version__,
-            "backend": f"{jax.default_backend()} × {jax.device_count()}",
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-        },
-    }
-    run_folder.write_text(run.folder / run_folder.SUMMARY, json.dumps(facts, indent=1) + "\n")
-    run.display.say(f"run folder: {run.folder}")
-    run.display.say(describe_model(config, run.setup.architecture))
-    run.display.say(said)
-    if newest is not None:
-        run.display.say(f"resumed after {position.step} steps of {position.phase}")
-        if position.phase == "rl" and position.step >= config.rl.steps:
-            run.display.say(
-                f"rl.steps: all {position.step} steps are done; resume with more to go on"
-            )
-
-
-def _finish(run: _Run, step: int, status: str, seconds: float) -> TrainResult:
+def _finish(run: Run, step: int, status: str, seconds: float) -> TrainResult:
     evaluations = [line for line in load_metrics(run.folder / FILE_NAME) if line["phase"] == "eval"]
     figures = [
         {k.rsplit("/", 1)[-1]: v for k, v in line.items() if k.startswith("eval/")}
@@ -449,66 +300,9 @@ def _finish(run: _Run, step: int, status: str, seconds: float) -> TrainResult:
     return TrainResult(run.folder, report, status, step, before, after, seconds)
 
 
-def _refuse_non_finite(run: _Run, pending: list) -> None:
+def _refuse_non_finite(run: Run, pending: list) -> None:
     for step, (rows, width), metrics in pending:
         loss, norm = (float(metrics[name]) for name in ("loss", "optim/grad_norm"))
         if not np.isfinite(loss + norm):
             what = f"loss {loss}, gradient norm {norm} in a bucket of {rows} rows of {width} tokens"
-            raise _stopped(run, "warm-up", step, what)
-
-
-def _stopped(run: _Run, phase: str, step: int, what: object) -> TrainingError:
-    newest = run.checkpoints.newest()
-    warm_up = run.setup.config.sft.steps
-    if newest is None:
-        saved = f"no checkpoint yet in {run.folder}"
-    else:
-        phases = f"RL step {newest - warm_up}" if newest >= warm_up else f"warm-up step {newest}"
-        saved = (
-            f"last good checkpoint: {newest} (after {phases}); go on with: {run.resume_command()}"
-        )
-    return TrainingError(f"{phase} step {step}: {what}; {saved}")
-
-
-@contextmanager
-def _profiled(run: _Run, step: int) -> Iterator[None]:
-    """Trace this step if it is among the wanted ones (both ends inclusive)."""
-    first, last = run.profile or (0, -1)
-    if not first <= step <= last:
-        yield
-        return
-    if not run.tracing:
-        jax.profiler.start_trace(str(run.folder / "profile"))
-        run.tracing = True
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        ends = step == min(last, run.setup.config.rl.steps)
-        if ends or run.stop_requested or not done:
-            jax.profiler.stop_trace()
-            run.tracing = False
-
-
-@contextmanager
-def _interruptible(run: _Run) -> Iterator[None]:
-    """The first SIGINT asks for a stop after the current step; the second one ends at once."""
-
-    def request(signum: int, frame: Any) -> None:
-        del frame
-        if run.stop_requested:
-            raise KeyboardInterrupt
-        run.stop_requested = True
-        run.display.say(f"{signal.Signals(signum).name}: saving after this step …")
-
-    try:
-        previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: the caller's own handling applies
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+            raise run.stopped("warm-up", step, what)

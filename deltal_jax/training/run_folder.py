@@ -31,6 +31,7 @@ CHANGEABLE = (
     "rl.pack",
     "sft.log_every",
     "rollout.slots",
+    "rollout.devices",
     "rollout.server.",
     "evaluate.",
     "checkpoint.",
@@ -87,6 +88,8 @@ def reopen_run_folder(
     fixed = ["rl.steps"] if stored.rl.optimizer.schedule != "constant" else []
     if stored.model.path is None or config.model.path is None:
         fixed.append("model.path")
+    if stored.rollout.partial:  # how far a response comes in a step depends on them
+        fixed += ["rollout.slots", "rollout.devices"]
     for key in before:
         changeable = key.startswith(CHANGEABLE) and key not in fixed
         if before[key] != after[key] and not changeable:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from deltal_jax.config import Config, TaskConfig
 from deltal_jax.data.prompts import encode_prompts
@@ -27,6 +28,7 @@ from deltal_jax.model.transformer import (
     make_graphdef,
     split_model,
 )
+from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.rollout.engine import Engine
 from deltal_jax.rollout.http import HttpEngine
@@ -115,6 +117,7 @@ def check_setup(setup: Setup, *, weights: bool = True) -> None:
     response, an option that the surrogate does not take, weights that do not fit."""
     config = setup.config
     make_loss(config)
+    make_sampling_mesh(config)
     if config.model.path is not None and weights:
         base = dataclasses.replace(setup.architecture, lora=None)
         huggingface.check_tensors(find_base(setup), base)
@@ -255,10 +258,11 @@ def make_update(setup: Setup, phase: str) -> Update:
 
 def make_engine(setup: Setup, *, temperature: float, training: bool = False) -> RolloutEngine:
     """The config's sampler for training and its evaluations; `training` takes the config's top-k,
-    top-p and min-p too."""
+    top-p and min-p too, and its devices."""
     config, options = setup.config, _sampling_options(setup, temperature, training)
     if config.rollout.engine == "jax":
-        return Engine(setup.graphdef, options)
+        mesh = make_sampling_mesh(config) if training else None
+        return Engine(setup.graphdef, options, mesh=mesh)
     server = config.rollout.server
     assert server.url is not None  # by the config's rules
     if server.weights_dir is None and config.run.dir is None:
@@ -274,6 +278,22 @@ def make_engine(setup: Setup, *, temperature: float, training: bool = False) -> 
         weights_dir=Path(server.weights_dir or f"{config.run.dir}/{SERVED}"),
         timeout=server.timeout,
     )
+
+
+def make_sampling_mesh(config: Config) -> Mesh | None:
+    """The devices that sample only, each with the whole model; None: those that train sample, too.
+
+    Raises UserError where none is left to train.
+    """
+    wanted, devices = config.rollout.devices, jax.devices()
+    if wanted is None:
+        return None
+    if wanted >= len(devices):
+        raise UserError(
+            f"rollout.devices: {wanted} of {len(devices)} devices leaves none to train; set it to "
+            + ("null" if len(devices) == 1 else f"at most {len(devices) - 1}")
+        )
+    return make_mesh(devices=devices[-wanted:])
 
 
 def make_local_engine(setup: Setup, *, temperature: float) -> Engine:

@@ -1,0 +1,244 @@
+"""A run that is open: its folder, files and switches, and what it says. Nothing here decides
+numerics."""
+
+import dataclasses
+import json
+import platform
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from deltal_jax.config import Config, dump_config, load_config
+from deltal_jax.errors import UserError
+from deltal_jax.metrics import MetricsWriter
+from deltal_jax.progress import ProgressDisplay
+from deltal_jax.rollout.base import RolloutEngine
+from deltal_jax.tasks.grading import Reward
+from deltal_jax.training import run_folder
+from deltal_jax.training.ahead import Ahead
+from deltal_jax.training.checkpoint import Checkpoints, Position
+from deltal_jax.training.collect import RolloutStream
+from deltal_jax.training.describe import describe_model, describe_sampling, formula
+from deltal_jax.training.evaluate import evaluate, write_samples
+from deltal_jax.training.setup import (
+    Setup,
+    check_setup,
+    make_setup,
+    pin_checkpoint,
+    save_model_files,
+)
+from deltal_jax.types import TrainState
+
+
+class TrainingError(ArithmeticError):
+    """The run cannot go on; the message says where it stopped and how to resume."""
+
+
+@dataclasses.dataclass
+class Run:
+    """The open files and switches of a run."""
+
+    folder: Path
+    setup: Setup
+    rewards: Sequence[Reward | str]
+    writer: MetricsWriter
+    checkpoints: Checkpoints
+    display: ProgressDisplay
+    profile: tuple[int, int] | None
+    stop_requested: bool = False
+    tracing: bool = False
+
+    def save(
+        self,
+        state: TrainState,
+        phase: str,
+        step: int,
+        batches: RolloutStream | Ahead | None = None,
+    ) -> float:
+        """Save a checkpoint after `step` finished steps of a phase, with where the source of
+        batches is, if there is one yet; returns the seconds it took."""
+        started = time.perf_counter()
+        number = step + (self.setup.config.sft.steps if phase == "rl" else 0)
+        next_prompt = 0 if batches is None else batches.next_prompt
+        position = Position(phase, step, next_prompt, self.writer.bytes_written)
+        rollouts = None if batches is None else batches.saved()
+        self.checkpoints.save(number, state, position, rollouts)
+        return time.perf_counter() - started
+
+    def evaluate(self, engine: RolloutEngine, state: TrainState, step: int) -> float:
+        """Evaluate on the held-out problems, write and say what was found; returns the accuracy."""
+        clock = time.perf_counter()
+        result = evaluate(self.setup, engine, state.params, state.key)
+        seconds = {"time/evaluate": time.perf_counter() - clock}
+        self.writer.write(step, "eval", result.metrics | seconds)
+        config = self.setup.config.evaluate
+        write_samples(self.folder / run_folder.SAMPLES, step, result, config.rows)
+        prefix = f"eval/{self.setup.task.name}"
+        accuracy, truncated, distinct, length = (
+            result.metrics[f"{prefix}/{name}"]
+            for name in ("avg_at_k", "truncated_frac", "distinct", "length")
+        )
+        self.display.say(
+            f"step {step}: accuracy {accuracy:.3f} on {config.problems} held-out problems "
+            f"({distinct:.0f} distinct), length {length:.1f}, truncated {truncated:.3f}"
+        )
+        return accuracy
+
+    def announce(self, newest: int | None, position: Position) -> None:
+        """Say and keep what this run does, and where it goes on."""
+        config = self.setup.config
+        said = formula(config)
+        facts = {
+            "formula": said,
+            "rewards": _reward_names(self.rewards),
+            "environment": {
+                "jax": jax.__version__,
+                "backend": f"{jax.default_backend()} × {jax.device_count()}",
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+            },
+        }
+        run_folder.write_text(self.folder / run_folder.SUMMARY, json.dumps(facts, indent=1) + "\n")
+        self.display.say(f"run folder: {self.folder}")
+        self.display.say(describe_model(config, self.setup.architecture))
+        self.display.say(said)
+        if sampling := describe_sampling(config):
+            self.display.say(sampling)
+        if newest is not None:
+            self.display.say(f"resumed after {position.step} steps of {position.phase}")
+            if position.phase == "rl" and position.step >= config.rl.steps:
+                self.display.say(
+                    f"rl.steps: all {position.step} steps are done; resume with more to go on"
+                )
+
+    def stopped(self, phase: str, step: int, what: object) -> TrainingError:
+        """The error that ends the run in a step of a phase."""
+        newest, warm_up = self.checkpoints.newest(), self.setup.config.sft.steps
+        if newest is None:
+            saved = f"no checkpoint yet in {self.folder}"
+        else:
+            phases = (
+                f"RL step {newest - warm_up}" if newest >= warm_up else f"warm-up step {newest}"
+            )
+            saved = (
+                f"last good checkpoint: {newest} (after {phases}); go on with: "
+                f"{self.resume_command()}"
+            )
+        return TrainingError(f"{phase} step {step}: {what}; {saved}")
+
+    def resume_command(self) -> str:
+        """What to type to go on; a run with its own rewards goes on from Python."""
+        if list(self.rewards) == ["task"]:
+            return f"deltal train run.dir={self.folder} --resume"
+        overrides = {"run.dir": str(self.folder)}
+        return f"deltal_jax.train(None, {overrides}, rewards=…the same…, resume=True)"
+
+    @contextmanager
+    def profiled(self, step: int) -> Iterator[None]:
+        """Trace this step if it is among the wanted ones (both ends inclusive)."""
+        first, last = self.profile or (0, -1)
+        if not first <= step <= last:
+            yield
+            return
+        if not self.tracing:
+            jax.profiler.start_trace(str(self.folder / "profile"))
+            self.tracing = True
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            ends = step == min(last, self.setup.config.rl.steps)
+            if ends or self.stop_requested or not done:
+                jax.profiler.stop_trace()
+                self.tracing = False
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """The first SIGINT asks for a stop after the current step; the second one ends at once."""
+
+        def request(signum: int, frame: Any) -> None:
+            del frame
+            if self.stop_requested:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+            self.display.say(f"{signal.Signals(signum).name}: saving after this step …")
+
+        try:
+            previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: the caller's own handling applies
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def create_run(
+    experiment: str | Path | None, overrides: dict[str, Any], profile: tuple[int, int] | None
+) -> tuple[Path, Setup]:
+    """A new run: checked as a whole before its folder is made."""
+    if experiment is None:
+        raise UserError("config: name an experiment; `deltal configs` lists them")
+    config = pin_checkpoint(load_config(experiment, overrides))
+    check_profile(profile, config)
+    run_folder.check_run_folder(config)
+    setup = make_setup(config)
+    check_setup(setup)
+    folder, config = run_folder.create_run_folder(config)
+    save_model_files(setup, folder / run_folder.MODEL)
+    return folder, dataclasses.replace(setup, config=config)
+
+
+def reopen_run(
+    name: str | None,
+    overrides: dict[str, Any],
+    rewards: Sequence[Reward | str],
+    display: ProgressDisplay,
+) -> tuple[Path, Setup]:
+    """A run to go on with: checked before anything in its folder changes."""
+    folder, config = run_folder.reopen_run_folder(name, overrides, overrides.get("run.dir"))
+    _check_rewards(folder, rewards)
+    if config.lora.rank:
+        config = pin_checkpoint(config)
+    saved = run_folder.model_files(folder)
+    setup = make_setup(config, saved)
+    check_setup(setup, weights=setup.architecture.lora is not None)
+    if name is not None and (drift := run_folder.drifted_fields(name, config)):
+        display.say(f"note: the run's own config holds, {name} differs in {', '.join(drift)}")
+    run_folder.write_text(folder / run_folder.CONFIG, dump_config(config))
+    if saved is None:  # it was ended before it had them
+        save_model_files(setup, folder / run_folder.MODEL)
+    return folder, setup
+
+
+def check_profile(profile: tuple[int, int] | None, config: Config) -> None:
+    """Raises UserError for steps that the run does not have."""
+    if profile is not None and profile[0] > config.rl.steps:
+        raise UserError(f"--profile: starts at {profile[0]}, but rl.steps is {config.rl.steps}")
+
+
+def _reward_names(rewards: Sequence[Reward | str]) -> list[str]:
+    """Names and weights, as they are kept with the run."""
+    return [r if isinstance(r, str) else f"{r.weight:g} * {r.name}" for r in rewards]
+
+
+def _check_rewards(folder: Path, rewards: Sequence[Reward | str]) -> None:
+    """A resumed run maximises what it was started with."""
+    path = folder / run_folder.SUMMARY
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8")).get("rewards", ["task"])
+    now = _reward_names(rewards)
+    if before != now:
+        raise UserError(
+            f"rewards: the run was started with {before} and cannot go on with {now}; "
+            "resume it from Python with the same rewards"
+        )
