@@ -391,6 +391,12 @@ def test_recomputed_logprobs_are_the_samplers_on_policy(sampled, plain, pack):
     assert metrics["mismatch/dropped_frac"] == 0.0
 
 
+def test_no_mismatch_is_reported_where_the_sampler_draws_among_fewer_tokens(sampled, plain):
+    full, filtered = (updated(sampled, plain, once(rollout__top_p=p))[1] for p in (1.0, 0.9))
+    gone = {name for name in full if name.startswith("mismatch/")}
+    assert len(gone) == 5 and filtered == {k: v for k, v in full.items() if k not in gone}
+
+
 def test_packing_changes_no_metric_and_no_gradient(sampled, plain):
     padded, packed = (updated(sampled, plain, once(rl__pack=pack))[1] for pack in (False, True))
     assert abs(padded["policy/loss"]) > 1e-3 and padded["optim/grad_norm"] > 1e-3

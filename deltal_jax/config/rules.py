@@ -62,18 +62,17 @@ def check(config: Config) -> None:
             "rl.samples_per_prompt: a group of 1 has no spread, so every advantage would be 0; "
             "use at least 2, or objective.advantage=batch_standardize"
         )
-    filtered = rollout.top_k is not None or rollout.top_p < 1.0 or rollout.min_p > 0.0
-    if filtered and config.objective.old_logprobs == "sampler":
+    if rollout.filtered and config.objective.old_logprobs == "sampler":
         raise UserError(
             "objective.old_logprobs: with rollout.top_k, top_p or min_p the sampler's are of fewer "
             "tokens than the trained policy has; set it to recompute"
         )
-    if filtered and config.objective.importance_correction != "none":
+    if rollout.filtered and config.objective.importance_correction != "none":
         raise UserError(
             "objective.importance_correction: with rollout.top_k, top_p or min_p the sampler's "
             "log-probabilities are of fewer tokens than the trainer's; set it to none"
         )
-    _check_server(rollout, filtered)
+    _check_server(rollout)
     _check_objective(config.objective)
     _check_rollout(config)
 
@@ -118,7 +117,7 @@ def _check_rollout(config: Config) -> None:
             )
 
 
-def _check_server(rollout: RolloutConfig, filtered: bool) -> None:
+def _check_server(rollout: RolloutConfig) -> None:
     server = rollout.server
     if rollout.engine == "jax":
         for field in dataclasses.fields(ServerConfig):
@@ -136,7 +135,7 @@ def _check_server(rollout: RolloutConfig, filtered: bool) -> None:
             f"rollout.server.url: {server.url!r} is no address such as http://localhost:8000 "
             "(without /v1 or anything behind it)"
         )
-    if filtered and server.dialect == "sglang":
+    if rollout.filtered and server.dialect == "sglang":
         raise UserError(
             "rollout.server.dialect: sglang gives log-probabilities from before top_k, top_p and "
             "min_p; leave them out, or use vllm"

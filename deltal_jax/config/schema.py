@@ -180,6 +180,11 @@ class RolloutConfig:
         low=1,
     )
 
+    @property
+    def filtered(self) -> bool:
+        """Whether training samples among fewer tokens than the policy has."""
+        return self.top_k is not None or self.top_p < 1.0 or self.min_p > 0.0
+
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:

@@ -260,11 +260,13 @@ def update_policy(
     for report in reports[1:]:
         meters = meters.merge(report.meters)
     norms = {k: float(np.mean([r.norms[k] for r in reports])) for k in reports[0].norms}
+    measured = meters.values() | mismatch
+    if config.rollout.filtered:  # the sampler's log-probabilities are of fewer tokens: no mismatch
+        measured = {k: v for k, v in measured.items() if not k.startswith("mismatch/")}
     return state, {
         "policy/loss": float(np.mean([r.loss for r in reports])),
         **weighted.metrics,
-        **meters.values(),
-        **mismatch,
+        **measured,
         **norms,
         "optim/lr": rate,
         "throughput/padding_frac": padding_fraction([b for bs in minibatches for b in bs]),
