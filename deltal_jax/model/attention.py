@@ -155,7 +155,7 @@ def _attend_block(
 
 def attend_cache(
     q: Float[Array, "N 1 H d"],
-    k: Float[Array, "N K T d"],
+    k: Float[Array, "N K d T"],
     v: Float[Array, "N K T d"],
     positions: Int[Array, "N 1"],
     window: int | None = None,
@@ -163,10 +163,10 @@ def attend_cache(
 ) -> Float[Array, "N 1 H d"]:
     """Attention of one new token a row over its cache, whose first `position + 1` entries are
     valid. The scale is in `q`."""
-    back = positions[:, :, None] - jnp.arange(k.shape[2])[None, None, :]
+    back = positions[:, :, None] - jnp.arange(v.shape[2])[None, None, :]
     reach = _reach(window, local)
     visible = back >= 0 if reach is None else (back >= 0) & (back < reach)
-    return _grouped_attention(q, k, v, visible)
+    return _grouped_attention(q, k.swapaxes(2, 3), v, visible)  # turned inside the product
 
 
 def _grouped_attention(

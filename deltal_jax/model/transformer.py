@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from deltal_jax.model.attention import RopeScaling, attend_cache, attend_rows, rope, scaled
-from deltal_jax.model.cache import Cache, LayerCache, init_cache, write_token
+from deltal_jax.model.cache import Cache, LayerCache, init_cache, layer_cache, write_token
 from deltal_jax.model.kernels import Kernel
 from deltal_jax.model.lora import LoRA, LoRALinear
 from deltal_jax.model.precision import look_up, wide_product
@@ -286,7 +286,7 @@ class Transformer(nnx.Module):
             parameters, local = layer
             block = nnx.merge(graphdef, parameters)
             x, (k, v) = block.rows(x, positions, jnp.zeros_like(tokens), local)
-            return x, (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+            return x, layer_cache(k, v)
 
         _, found = self._scan(body, self.embedded(tokens), stacked)
         return tuple((k, v) for k, v in zip(*found, strict=True))

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from deltal_jax.errors import UserError
+from deltal_jax.model.cache import resized
 from deltal_jax.model.precision import ROUND_ALIKE
 from deltal_jax.model.transformer import cast_weights, take_apart
 from deltal_jax.parallel.sharding import (
@@ -313,8 +314,7 @@ class Engine:
         params, layers = self._weights(params)
         cache = self._prefill(params, jnp.asarray(prompts.tokens))
         room = prompts.tokens.shape[1] + self.options.max_response_length
-        extra = max(room, cache_length or 0) - prompts.tokens.shape[1]
-        cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))), cache)
+        cache = resized(cache, max(room, cache_length or 0))
         token = int(prompts.tokens[0, length - 1])
         for count in range(self.options.max_response_length):
             at = jnp.asarray([token]), jnp.asarray([length - 1 + count])
