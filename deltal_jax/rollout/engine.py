@@ -54,7 +54,7 @@ from deltal_jax.types import Prompts, Rollout
 #: Caches are as wide as the longest prompt and response may need, or a half of that, a quarter, …,
 #: but no narrower than this.
 NARROWEST = 128
-#: In the tail slots are given up by halves, as soon as half of them is idle, down to so many.
+#: In the tail idle slots are given up, a quarter or a third of them at a time, down to so many.
 FEWEST = 4
 #: And only where there are at most so many responses a slot.
 LONG_TAIL = 4
@@ -217,6 +217,7 @@ class Engine:
         # On a mesh the devices run out at different times, and would wait for each other. And where
         # many responses share a slot the tail is too short to be worth more programs.
         giving_up = self.mesh is None and slots.lengths.shape[0] <= LONG_TAIL * self.options.slots
+        sizes = _sizes(self.options.slots) if giving_up else []
         while True:
             window = window_of(slots)
             # Two sizes down, or a response of a length in between would have it change to and fro.
@@ -224,8 +225,8 @@ class Engine:
             # On a mesh one device alone must not stop for it: the longest is another's.
             narrower = self.mesh is None and below > prompt
             narrow = jnp.asarray(below if narrower else -1, jnp.int32)
-            half = slots.live.shape[0] // 2
-            few = half if giving_up and half >= FEWEST else 0
+            fewer = [n for n in sizes if n < slots.live.shape[0]]
+            few = max(fewer, default=0)
             slots, status = self._run(
                 params, layers, store, queue, slots, narrow, jnp.asarray(few, jnp.int32)
             )
@@ -233,7 +234,7 @@ class Engine:
             if status.drained and longest < window:
                 return slots
             if few and status.last and status.live <= few:
-                slots = self._compact(slots, half)
+                slots = self._compact(slots, min(n for n in fewer if n >= status.live))
             wanted = _fitting(windows, max(longest + 1, prompt))
             if wanted != window:
                 slots = self._resize(slots, wanted)
@@ -328,6 +329,14 @@ class Engine:
 def _fitting(windows: list[int], tokens: int) -> int:
     """The narrowest that has room for one token more."""
     return windows[bisect.bisect_right(windows, tokens)]
+
+
+def _sizes(slots: int) -> list[int]:
+    """How many slots may be left in the tail: three quarters, a half, three eighths, …"""
+    found = [slots * 3 // 4, slots // 2]
+    while found[-1] >= FEWEST:
+        found += [n // 2 for n in found[-2:]]
+    return [n for n in found if n >= FEWEST]
 
 
 def _pool(count: int, shards: int, each: int, first: int, size: int) -> np.ndarray:
