@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deltal_jax.model.attention import RopeScaling, rope
+from deltal_jax.model.attention import RopeScaling, rope, rotations
 from deltal_jax.model.cache import resized, time_of
 from deltal_jax.model.transformer import (
     GatedMLP,
@@ -132,7 +132,8 @@ def test_remat_changes_no_gradient():
 
 
 def test_rope_scores_depend_on_the_distance_alone():
-    turn, frequencies = jax.jit(rope), 100.0 ** -(jnp.arange(4) / 4)
+    turn = jax.jit(lambda x, at, frequencies: rope(x, rotations(at, frequencies)))
+    frequencies = 100.0 ** -(jnp.arange(4) / 4)
     q, k = jax.random.normal(jax.random.key(1), (2, 1, 1, 1, 8))
 
     def score(i, j):

@@ -152,6 +152,7 @@ def run(
     layer, or None to take them from the stack."""
     model = nnx.merge(graphdef, params)
     window = window_of(slots)
+    turns = model.turns(window)
 
     def waiting(slots: Slots) -> Array:
         return slots.taken[0] < queue.count[0]
@@ -168,7 +169,7 @@ def run(
         return jnp.any(slots.live) & (full | ~(waiting(slots) | queue.more[0])) & fits(slots)
 
     def step(slots: Slots) -> Slots:
-        logits, cache = model.decode(slots.token, slots.position, slots.cache, layers)
+        logits, cache = model.decode(slots.token, slots.position, slots.cache, layers, turns)
         return _record(options, dataclasses.replace(slots, cache=cache), logits, waiting(slots))
 
     def turn(slots: Slots) -> Slots:
