@@ -51,9 +51,9 @@ from deltal_jax.rollout.slots import (
 )
 from deltal_jax.types import Prompts, Rollout
 
-#: Caches are as wide as the longest prompt and response may need, or a half of that, a quarter, …,
-#: but no narrower than this.
-NARROWEST = 128
+#: Caches are as wide as the longest prompt and response may need, or three quarters of that, a
+#: half, three eighths, …, but no narrower than this.
+NARROWEST = 64
 #: In the tail idle slots are given up, a quarter or a third of them at a time, down to so many.
 FEWEST = 4
 #: And only where there are at most so many responses a slot.
@@ -217,7 +217,7 @@ class Engine:
         # On a mesh the devices run out at different times, and would wait for each other. And where
         # many responses share a slot the tail is too short to be worth more programs.
         giving_up = self.mesh is None and slots.lengths.shape[0] <= LONG_TAIL * self.options.slots
-        sizes = _sizes(self.options.slots) if giving_up else []
+        sizes = _parts(self.options.slots, FEWEST) if giving_up else []
         while True:
             window = window_of(slots)
             # Two sizes down, or a response of a length in between would have it change to and fro.
@@ -241,10 +241,8 @@ class Engine:
 
     def _windows(self, prompts: Prompts) -> list[int]:
         """The widths that the cache may have, ascending."""
-        widths = [prompts.tokens.shape[1] + self.options.max_response_length]
-        while widths[-1] // 2 >= NARROWEST:
-            widths.append(widths[-1] // 2)
-        return widths[::-1]
+        widest = prompts.tokens.shape[1] + self.options.max_response_length
+        return [*_parts(widest, NARROWEST), widest]
 
     def _store(self, params: Any, prompts: Prompts, pool: np.ndarray) -> Store:
         """Prefill the prompts of a pool, Int[devices size], −1 where there is none; a few at once,
@@ -331,12 +329,12 @@ def _fitting(windows: list[int], tokens: int) -> int:
     return windows[bisect.bisect_right(windows, tokens)]
 
 
-def _sizes(slots: int) -> list[int]:
-    """How many slots may be left in the tail: three quarters, a half, three eighths, …"""
-    found = [slots * 3 // 4, slots // 2]
-    while found[-1] >= FEWEST:
+def _parts(whole: int, least: int) -> list[int]:
+    """Three quarters of it, a half, three eighths, …, down to `least`; ascending."""
+    found = [whole * 3 // 4, whole // 2]
+    while found[-1] >= least:
         found += [n // 2 for n in found[-2:]]
-    return [n for n in found if n >= FEWEST]
+    return [n for n in reversed(found) if n >= least]
 
 
 def _pool(count: int, shards: int, each: int, first: int, size: int) -> np.ndarray:
