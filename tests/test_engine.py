@@ -206,7 +206,8 @@ def test_tokens_that_other_parameters_sampled_keep_their_logprobs():
 
 
 def test_slots_that_idle_in_the_tail_are_given_up():
-    """As many slots as responses: half of them is left out as soon as half of them has ended."""
+    """As many slots as responses: three quarters, a half, … of them are left, as soon as the live
+    ones fit; several sizes at once where several responses end together."""
     graphdef, params = fakes.model(fakes.PLAIN)
     options = SamplingOptions(slots=24, max_response_length=58, eos_ids=(3, 5, 7, 9))
     want, _ = Engine(graphdef, dataclasses.replace(options, slots=3)).generate(
@@ -219,7 +220,7 @@ def test_slots_that_idle_in_the_tail_are_given_up():
     np.testing.assert_array_equal(want.tokens, got.tokens)
     np.testing.assert_array_equal(want.truncated, got.truncated)
     np.testing.assert_allclose(want.logprobs, got.logprobs, atol=1e-5)
-    assert sizes == [12, 6]
+    assert sizes == [18, 12, 6, 4]  # not 9: several ended in one step
     assert stats.useful_steps == got.response_lengths.sum()
     assert stats.slot_steps < 0.5 * stats.ideal_slot_steps
     assert stats.ideal_slot_steps == 24 * got.response_lengths.max()
@@ -242,7 +243,7 @@ def test_the_cache_grows_with_the_longest_live_response_and_shrinks_after_it(mon
     rollout, _ = engine.generate(params, fakes.prompts(24), KEY, samples=1)
     lengths = rollout.response_lengths
     assert lengths.max() > 32 and np.median(lengths) < 8
-    assert widths[0] == 8 and max(widths) == 64 and len(set(widths)) == 4
+    assert widths[0] == 8 and sorted(set(widths)) == [8, 12, 16, 24, 32, 48]
     assert any(after < before for before, after in itertools.pairwise(widths))
 
 

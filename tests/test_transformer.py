@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deltal_jax.model.attention import RopeScaling, rope
+from deltal_jax.model.attention import RopeScaling, rope, rotations
+from deltal_jax.model.cache import resized, time_of
 from deltal_jax.model.transformer import (
     GatedMLP,
     RMSNorm,
@@ -97,7 +98,7 @@ def test_cached_decoding_equals_the_full_forward(arch):
         tokens[row, :length] = prompts.tokens[row, :length]
     full = fakes.forward(arch, params, tokens)
     cache = prefill(jnp.asarray(prompts.tokens))
-    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 10), (0, 0))), cache)
+    cache = resized(cache, time_of(cache) + 10)
     rows = np.arange(3)
     for step in range(-1, 8):  # from the prompt's last token on
         at = prompts.lengths + step
@@ -131,7 +132,8 @@ def test_remat_changes_no_gradient():
 
 
 def test_rope_scores_depend_on_the_distance_alone():
-    turn, frequencies = jax.jit(rope), 100.0 ** -(jnp.arange(4) / 4)
+    turn = jax.jit(lambda x, at, frequencies: rope(x, rotations(at, frequencies)))
+    frequencies = 100.0 ** -(jnp.arange(4) / 4)
     q, k = jax.random.normal(jax.random.key(1), (2, 1, 1, 1, 8))
 
     def score(i, j):
@@ -183,7 +185,7 @@ def test_a_window_is_the_same_in_the_cache():
     def logits(tokens):
         """Logits at the positions 4 to 11, by decoding."""
         cache = prefill(jnp.asarray(tokens[:, :5]))
-        cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 7), (0, 0))), cache)
+        cache = resized(cache, time_of(cache) + 7)
         rows = []
         for at in range(4, 12):
             found, cache = decode(jnp.asarray(tokens[:, at]), jnp.asarray([at]), cache)

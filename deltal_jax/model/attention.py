@@ -17,6 +17,8 @@ from deltal_jax.model import kernels
 #: Added to the scores that a query may not see; finite, so that a row that sees nothing stays
 #: finite.
 MASKED = -1e30
+#: Cosine and sine of the angles by which the pairs of every head are turned.
+Turns = tuple[Float[Array, "*shape 1 half"], Float[Array, "*shape 1 half"]]
 #: Rows of up to so many tokens see their scores at once; longer ones are taken in blocks of
 #: queries, so that memory grows with the length and not with its square.
 WHOLE_ROW = 1024
@@ -36,16 +38,20 @@ class RopeScaling:
     original_length: int | None = None
 
 
-def rope(
-    x: Float[Array, "N T H d"], positions: Int[Array, "N T"], frequencies: Float[Array, " half"]
-) -> Float[Array, "N T H d"]:
+def rotations(positions: Int[Array, "*shape"], frequencies: Float[Array, " half"]) -> Turns:
+    """Cosine and sine of position · frequency."""
+    positions = positions[..., None, None].astype(jnp.float32)
+    angles = positions * frequencies.reshape((1,) * (positions.ndim - 1) + (-1,))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope(x: Float[Array, "*shape H d"], turns: Turns) -> Float[Array, "*shape H d"]:
     """Rotary position embedding, half-split: pairs are (x_j, x_{j + d/2}), turned by position ·
     frequency_j.
 
     Source: Su et al., arXiv 2104.09864.
     """
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = turns
     low, high = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
     turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
     return turned.astype(x.dtype)
@@ -155,7 +161,7 @@ def _attend_block(
 
 def attend_cache(
     q: Float[Array, "N 1 H d"],
-    k: Float[Array, "N K T d"],
+    k: Float[Array, "N K d T"],
     v: Float[Array, "N K T d"],
     positions: Int[Array, "N 1"],
     window: int | None = None,
@@ -163,10 +169,10 @@ def attend_cache(
 ) -> Float[Array, "N 1 H d"]:
     """Attention of one new token a row over its cache, whose first `position + 1` entries are
     valid. The scale is in `q`."""
-    back = positions[:, :, None] - jnp.arange(k.shape[2])[None, None, :]
+    back = positions[:, :, None] - jnp.arange(v.shape[2])[None, None, :]
     reach = _reach(window, local)
     visible = back >= 0 if reach is None else (back >= 0) & (back < reach)
-    return _grouped_attention(q, k, v, visible)
+    return _grouped_attention(q, k.swapaxes(2, 3), v, visible)  # turned inside the product
 
 
 def _grouped_attention(

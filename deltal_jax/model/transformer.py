@@ -19,8 +19,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from deltal_jax.model.attention import RopeScaling, attend_cache, attend_rows, rope, scaled
-from deltal_jax.model.cache import Cache, LayerCache, init_cache, write_token
+from deltal_jax.model.attention import (
+    RopeScaling,
+    Turns,
+    attend_cache,
+    attend_rows,
+    rope,
+    rotations,
+    scaled,
+)
+from deltal_jax.model.cache import Cache, LayerCache, init_cache, layer_cache, time_of, write_token
 from deltal_jax.model.kernels import Kernel
 from deltal_jax.model.lora import LoRA, LoRALinear
 from deltal_jax.model.precision import look_up, wide_product
@@ -121,7 +129,7 @@ class Attention(nnx.Module):
         self.arch = arch
 
     def project(
-        self, x: Float[Array, "N T D"], positions: Int[Array, "N T"], local: Local
+        self, x: Float[Array, "N T D"], turns: Turns
     ) -> tuple[Float[Array, "N T H d"], Float[Array, "N T K d"], Float[Array, "N T K d"]]:
         """Queries, keys and values, rotated; queries times the attention scale."""
         arch = self.arch
@@ -130,9 +138,8 @@ class Attention(nnx.Module):
         q, k, v = (layer(flat).reshape(split) for layer in (self.q, self.k, self.v))
         if arch.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        frequencies = rope_frequencies(arch, local)
         scale = arch.head_dim**-0.5 if arch.query_scale is None else arch.query_scale
-        return rope(q, positions, frequencies) * scale, rope(k, positions, frequencies), v
+        return rope(q, turns) * scale, rope(k, turns), v
 
     def merge(self, heads: Float[Array, "N T H d"]) -> Float[Array, "N T D"]:
         """Join the heads and project back."""
@@ -176,12 +183,12 @@ class Block(nnx.Module):
     def rows(
         self,
         x: Float[Array, "N T D"],
-        positions: Int[Array, "N T"],
+        turns: Turns,
         segment_ids: Int[Array, "N T"],
         local: Local,
     ) -> tuple[Float[Array, "N T D"], tuple[Array, Array]]:
         """Whole rows at once; also returns the layer's keys and values."""
-        q, k, v = self.attention.project(self.attention_norm(x), positions, local)
+        q, k, v = self.attention.project(self.attention_norm(x), turns)
         kernel = self.arch.attention
         found = attend_rows(q, k, v, segment_ids, window_of(self.arch), local, kernel=kernel)
         return self._add(x, found), (k, v)
@@ -190,11 +197,12 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "S 1 D"],
         positions: Int[Array, "S 1"],
+        turns: Turns,
         layer: LayerCache,
         local: Local,
     ) -> tuple[Float[Array, "S 1 D"], LayerCache]:
         """One new token a slot against the cache."""
-        q, k, v = self.attention.project(self.attention_norm(x), positions, local)
+        q, k, v = self.attention.project(self.attention_norm(x), turns)
         layer = write_token(layer, k, v, positions)
         found = attend_cache(q, *layer, positions, window_of(self.arch), local)
         return self._add(x, found), layer
@@ -257,7 +265,8 @@ class Transformer(nnx.Module):
         def body(x: Array, layer: tuple[Any, Local]) -> tuple[Array, None]:
             parameters, local = layer
             block = nnx.merge(graphdef, parameters)
-            return block.rows(x, positions, segment_ids, local)[0], None
+            turns = rotations(positions, rope_frequencies(self.arch, local))
+            return block.rows(x, turns, segment_ids, local)[0], None
 
         if self.arch.remat:
             body = jax.checkpoint(body)
@@ -285,8 +294,9 @@ class Transformer(nnx.Module):
         def body(x: Array, layer: tuple[Any, Local]) -> tuple[Array, LayerCache]:
             parameters, local = layer
             block = nnx.merge(graphdef, parameters)
-            x, (k, v) = block.rows(x, positions, jnp.zeros_like(tokens), local)
-            return x, (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+            turns = rotations(positions, rope_frequencies(self.arch, local))
+            x, (k, v) = block.rows(x, turns, jnp.zeros_like(tokens), local)
+            return x, layer_cache(k, v)
 
         _, found = self._scan(body, self.embedded(tokens), stacked)
         return tuple((k, v) for k, v in zip(*found, strict=True))
@@ -302,20 +312,31 @@ class Transformer(nnx.Module):
         positions: Int[Array, " S"],
         cache: Cache,
         apart: Sequence[Any] | None = None,
+        turns: dict[bool, Turns] | None = None,
     ) -> tuple[Float[Array, "S V"], Cache]:
         """Logits after one new token a slot; layers are unrolled: the cache updates in place.
 
         `apart`: the parameters of each layer, where `take_apart` has been called before: a program
-        of one step would copy them all out of the stack.
+        of one step would copy them all out of the stack. `turns`: those of all positions, from
+        outside a loop of steps: in it they would be computed anew for each head and layer.
         """
         graphdef, stacked = nnx.split(self.blocks)
         if apart is None:
             apart = take_apart(stacked, self.arch.layers)
-        x, layers = self.embedded(tokens[:, None]), []
+        x, at, layers = self.embedded(tokens[:, None]), positions[:, None], []
+        if turns is None:
+            turns = self.turns(time_of(cache))
+        own_turns = jax.tree.map(lambda x: x[at], turns)
         for own, layer, local in zip(apart, cache, self._local(), strict=True):
-            x, layer = nnx.merge(graphdef, own).step(x, positions[:, None], layer, local)
+            x, layer = nnx.merge(graphdef, own).step(x, at, own_turns[local], layer, local)
             layers.append(layer)
         return self.logits(self.norm(x[:, 0])), tuple(layers)
+
+    def turns(self, time: int) -> dict[bool, Turns]:
+        """How positions below `time` turn queries and keys, in layers that are local and others."""
+        kinds = set(self._local())
+        at = jnp.arange(time)
+        return {x: rotations(at, rope_frequencies(self.arch, x)) for x in kinds}
 
     def empty_cache(self, slots: int, time: int) -> Cache:
         """A cache for `slots` sequences of up to `time` tokens."""

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from deltal_jax.errors import UserError
+from deltal_jax.model.cache import resized
 from deltal_jax.model.precision import ROUND_ALIKE
 from deltal_jax.model.transformer import cast_weights, take_apart
 from deltal_jax.parallel.sharding import (
@@ -54,8 +55,11 @@ from deltal_jax.types import Prompts, Responses, Rollout
 
 #: Caches are as wide as the longest prompt and response may need, or a half of that, a quarter, …,
 #: but no narrower than this.
-NARROWEST = 128
-#: In the tail slots are given up by halves, as soon as half of them is idle, down to so many.
+NARROWEST = 64
+#: Below this width they are also of three quarters, three eighths, …: longer ones belong to models
+#: whose programs take long to compile.
+FINE = 512
+#: In the tail idle slots are given up, a quarter or a third of them at a time, down to so many.
 FEWEST = 4
 #: And only where there are at most so many responses a slot.
 LONG_TAIL = 4
@@ -268,15 +272,16 @@ class Engine:
         # many responses share a slot the tail is too short to be worth more programs.
         giving_up = self.mesh is None and slots.lengths.shape[0] <= LONG_TAIL * self.options.slots
         limit = jnp.asarray(steps, jnp.int32)
+        sizes = _parts(self.options.slots, FEWEST) if giving_up else []
         while True:
             window = window_of(slots)
-            # Two sizes down, or a response of a length in between would have it change to and fro.
+            # To a quarter, or a response of a length in between would have it change to and fro.
             below = next((w for w in reversed(windows) if w <= window // 4), 0)
             # On a mesh one device alone must not stop for it: the longest is another's.
             narrower = self.mesh is None and below > longest
             narrow = jnp.asarray(below if narrower else -1, jnp.int32)
-            half = slots.live.shape[0] // 2
-            few = half if giving_up and half >= FEWEST else 0
+            fewer = [n for n in sizes if n < slots.live.shape[0]]
+            few = max(fewer, default=0)
             slots, status = self._run(
                 params, layers, store, queue, slots, narrow, jnp.asarray(few, jnp.int32), limit
             )
@@ -286,17 +291,18 @@ class Engine:
             if status.drained and end < window:
                 return slots, False
             if few and status.last and status.live <= few:
-                slots = self._compact(slots, half)
+                slots = self._compact(slots, min(n for n in fewer if n >= status.live))
             wanted = _fitting(windows, max(end + 1, longest))
             if wanted != window:
                 slots = self._resize(slots, wanted)
 
     def _windows(self, prompts: Prompts) -> list[int]:
         """The widths that the cache may have, ascending."""
-        widths = [prompts.tokens.shape[1] + self.options.max_response_length]
-        while widths[-1] // 2 >= NARROWEST:
-            widths.append(widths[-1] // 2)
-        return widths[::-1]
+        widest = prompts.tokens.shape[1] + self.options.max_response_length
+        coarse = [widest]
+        while coarse[-1] > FINE:
+            coarse.append(coarse[-1] // 2)
+        return [*_parts(coarse[-1], NARROWEST), *reversed(coarse)]
 
     def _store(self, params: Any, pool: Pool) -> Store:
         """Prefill the sequences of a pool, a few at once, as wide as the longest of them needs."""
@@ -358,8 +364,7 @@ class Engine:
         params, layers = self._weights(params)
         cache = self._prefill(params, jnp.asarray(prompts.tokens))
         room = prompts.tokens.shape[1] + self.options.max_response_length
-        extra = max(room, cache_length or 0) - prompts.tokens.shape[1]
-        cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))), cache)
+        cache = resized(cache, max(room, cache_length or 0))
         token = int(prompts.tokens[0, length - 1])
         for count in range(self.options.max_response_length):
             at = jnp.asarray([token]), jnp.asarray([length - 1 + count])
@@ -384,6 +389,14 @@ def _gathered(prompts: Prompts) -> Prompts:
 def _fitting(windows: list[int], tokens: int) -> int:
     """The narrowest that has room for one token more."""
     return windows[bisect.bisect_right(windows, tokens)]
+
+
+def _parts(whole: int, least: int) -> list[int]:
+    """Three quarters of it, a half, three eighths, …, down to `least`; ascending."""
+    found = [whole * 3 // 4, whole // 2]
+    while found[-1] >= least:
+        found += [n // 2 for n in found[-2:]]
+    return [n for n in reversed(found) if n >= least]
 
 
 def _join(shards: int, *parts: Array) -> Array:

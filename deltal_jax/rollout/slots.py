@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from deltal_jax.model.cache import Cache
+from deltal_jax.model.cache import Cache, resized, time_of, write_row
 from deltal_jax.rollout.sampling import sample, uniforms
 
 
@@ -122,19 +122,12 @@ def empty_slots(
 
 def window_of(slots: Slots) -> int:
     """Tokens that the cache of a slot has room for."""
-    return slots.cache[0][0].shape[2]
+    return time_of(slots.cache)
 
 
 def resize(slots: Slots, window: int) -> Slots:
     """The slots with room for `window` tokens each: at least those of the longest live one."""
-    change = window - window_of(slots)
-
-    def one(layer: Array) -> Array:
-        if change <= 0:
-            return layer[:, :, :window]
-        return jnp.pad(layer, ((0, 0), (0, 0), (0, change), (0, 0)))
-
-    return dataclasses.replace(slots, cache=jax.tree.map(one, slots.cache))
+    return dataclasses.replace(slots, cache=resized(slots.cache, window))
 
 
 def compact(slots: Slots, size: int) -> Slots:
@@ -166,6 +159,7 @@ def run(
     model = nnx.merge(graphdef, params)
     window = window_of(slots)
     before = slots.counts.slot_steps[0] // slots.live.shape[0]
+    turns = model.turns(window)
 
     def waiting(slots: Slots) -> Array:
         return slots.taken[0] < queue.count[0]
@@ -184,7 +178,7 @@ def run(
         return jnp.any(slots.live) & (full | ~(waiting(slots) | queue.more[0])) & fits(slots)
 
     def step(slots: Slots) -> Slots:
-        logits, cache = model.decode(slots.token, slots.position, slots.cache, layers)
+        logits, cache = model.decode(slots.token, slots.position, slots.cache, layers, turns)
         slots = dataclasses.replace(slots, cache=cache)
         return _record(options, queue, slots, logits, waiting(slots))
 
@@ -241,14 +235,7 @@ def _admit(store: Store, queue: Queue, slots: Slots) -> Slots:
     count = jnp.sum(fresh, dtype=jnp.int32)
 
     def copy(i: Array, cache: Cache) -> Cache:
-        slot = first[i]
-
-        def one(mine: Array, stored: Array) -> Array:
-            width = min(stored.shape[2], mine.shape[2])
-            row = jax.lax.dynamic_index_in_dim(stored, prompt[slot], keepdims=True)
-            return jax.lax.dynamic_update_slice(mine, row[:, :, :width], (slot, 0, 0, 0))
-
-        return jax.tree.map(one, cache, store.cache)
+        return write_row(cache, first[i], store.cache, prompt[first[i]])
 
     def take(new: Array, old: Array) -> Array:
         return jnp.where(fresh[:, None] if old.ndim > 1 else fresh, new, old)
