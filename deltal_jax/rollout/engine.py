@@ -24,7 +24,7 @@ from jaxtyping import Array
 from deltal_jax.errors import UserError
 from deltal_jax.model.cache import resized
 from deltal_jax.model.precision import ROUND_ALIKE
-from deltal_jax.model.transformer import cast_weights, take_apart
+from deltal_jax.model.transformer import Architecture, cast_weights, take_apart
 from deltal_jax.parallel.sharding import (
     ROW_AXES,
     parameter_shardings,
@@ -92,6 +92,9 @@ class Engine:
                 f"rollout.slots: {options.slots} do not split over the mesh's {self.shards} devices"
             )
         self._graphdef = graphdef
+        self._arch: Architecture | None = None
+        #: By the shape of the prompts and the number of samples.
+        self._memory: dict[Any, dict[str, int]] = {}
         alike = functools.partial(jax.jit, compiler_options=ROUND_ALIKE)
         decode_queue = functools.partial(run, graphdef, options)
         if mesh is not None:
@@ -236,23 +239,19 @@ class Engine:
         return after, stats(written, after.lengths - responses.lengths, self.options.slots)
 
     def _check(self, params: Any, prompts: Prompts, samples: int) -> None:
-        arch = nnx.merge(self._graphdef, jax.eval_shape(lambda x: x, params)).arch
+        """Raises UserError for what cannot be sampled, or not in the memory that is free."""
+        arch = self._arch or nnx.merge(self._graphdef, jax.eval_shape(lambda x: x, params)).arch
+        self._arch = arch
         checks.check_request(self.options, arch, prompts, samples)
         tensor, devices = 1, None
         if self.mesh is not None:
             tensor, devices = self.mesh.shape["tensor"], self.mesh.local_devices
-        free = checks.free_memory(devices)
-        if free is not None:
-            memory = checks.sampling_memory(
-                self.options,
-                arch,
-                params,
-                prompts.tokens.shape,
-                samples,
-                shards=self.shards,
-                tensor=tensor,
+        given = prompts.tokens.shape, samples
+        if given not in self._memory:
+            self._memory[given] = checks.sampling_memory(
+                self.options, arch, params, *given, shards=self.shards, tensor=tensor
             )
-            checks.check_memory(self.options, memory, free)
+        checks.check_memory(self.options, self._memory[given], checks.free_memory(devices))
 
     def _drain(
         self,

@@ -12,6 +12,7 @@ from deltal_jax.rollout.schedule import RolloutStats, ideal_steps
 from deltal_jax.rollout.slots import Counts, SamplingOptions
 from deltal_jax.types import Prompts, Responses, Rollout
 
+_keys = jax.jit(stream_keys, static_argnums=4)
 #: Fields of `Responses` that sampling adds to.
 SAMPLED = ("tokens", "logprobs", "raw_logprobs", "lengths", "ended")
 
@@ -44,7 +45,7 @@ def begin(
     return Responses(
         prompts=prompts,
         group_ids=groups,
-        keys=np.asarray(stream_keys(key, *counters, samples), np.uint32),
+        keys=np.asarray(_keys(key, *counters, samples), np.uint32),
         tokens=zeros.astype(np.int32),
         logprobs=zeros,
         lengths=np.zeros(len(groups), np.int32),
