@@ -107,8 +107,29 @@ def test_an_error_in_the_thread_is_raised_as_it_is_where_its_batch_is_wanted():
     opened, params = batches_of({}, [Reward(failing)])
     with opened as batches:
         batches.next(params, 0)
+        # What is saved is where the batch that failed began.
+        assert batches.saved() == {} and batches.next_prompt == 4
         with pytest.raises(ZeroDivisionError, match="the reward's own"):
             batches.next(params, 1)
+    assert threading.active_count() == threads
+
+
+def test_a_second_interrupt_does_not_wait_for_the_thread():
+    release = threading.Event()
+
+    def waiting(prompts, responses, answers):
+        if answers[0] > 0:
+            release.wait(60)
+        return [0.0] * len(responses)
+
+    opened, params = batches_of({}, [Reward(waiting)])
+    threads = threading.active_count()
+    batches = opened.__enter__()
+    batches.next(params, 0)
+    opened.__exit__(KeyboardInterrupt, None, None)
+    assert threading.active_count() == threads + 1
+    release.set()
+    opened.__exit__(None, None, None)
     assert threading.active_count() == threads
 
 

@@ -154,7 +154,7 @@ def _parsed(where: str, text: bytes) -> Any:
         return None
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"rollout.server.url: {where} answered what is no JSON: {_shown(text)}; "
             "is it the server meant?"

@@ -47,6 +47,8 @@ class Speech(Protocol):
     update_fix: str
     #: How it is told to give log-probabilities of what is sampled from.
     scaled_fix: str
+    #: Whether its answers say which weights they are from.
+    says_version: bool
 
     def request(
         self,
@@ -88,6 +90,7 @@ class VLLM:
         "weights_path, and let it read rollout.server.weights_dir"
     )
     scaled_fix = "start vLLM with --logprobs-mode processed_logprobs"
+    says_version = False
 
     def request(
         self,
@@ -153,6 +156,7 @@ class SGLang:
     path = "/generate"
     update_fix = "let SGLang read rollout.server.weights_dir"
     scaled_fix = "start SGLang without SGLANG_RETURN_ORIGINAL_LOGPROB"
+    says_version = True
 
     def request(
         self,

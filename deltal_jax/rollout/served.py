@@ -43,7 +43,8 @@ class ServedWeights:
         folder: Path,
     ) -> None:
         """Have the server load `params`, unless it has: a new folder beneath `folder`, in which
-        older ones are removed afterwards.
+        older ones are removed afterwards. One that does not say which weights it samples from
+        is told each time: it may have started anew since.
 
         Raises UserError where the server does not take them.
         """
@@ -58,7 +59,7 @@ class ServedWeights:
                     f"rollout.server.weights_dir: cannot write {self._path}: {error.strerror}"
                 ) from error
             self._leaves = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
-        if self._served:
+        if self._served and speech.says_version:
             return
         path, body = speech.update(self._path, self.version)
         try:
@@ -66,7 +67,7 @@ class ServedWeights:
         except UserError as error:
             raise UserError(f"{error}; for new weights {speech.update_fix}") from error
         self._served = True
-        for other in folder.iterdir():  # the newest stays: the server may look at it again
+        for other in self._path.parent.iterdir():  # the newest stays: it may be looked at again
             if FOLDER.fullmatch(other.name) and other != self._path:
                 shutil.rmtree(other, ignore_errors=True)
 

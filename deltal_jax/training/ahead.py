@@ -1,8 +1,9 @@
 """Overlap: the next rollout batch is sampled while the update on this one runs."""
 
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -59,7 +60,7 @@ class Ahead:
         pending: Collected | None = None,
     ):
         self._stream, self._steps, self._updates = stream, steps, updates_per_step
-        self._thread = ThreadPoolExecutor(1, "rollout")
+        self._thread: threading.Thread | None = None
         self._pending: Future[Collected] | None = None
         self._began = self._ended = time.perf_counter()  # the last period; the last rollout
         self._waited = 0.0  # seconds of this period
@@ -70,14 +71,16 @@ class Ahead:
     def __enter__(self) -> "Ahead":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Leave no thread behind: wait for what it samples."""
-        self._thread.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave no thread behind: wait for what it samples, unless who waits has had enough."""
+        impatient = kind is not None and issubclass(kind, KeyboardInterrupt)
+        if self._thread is not None and not impatient:
+            self._thread.join()
 
     @property
     def next_prompt(self) -> int:
         """The first position of the stream that has not begun."""
-        self._wait()
+        self._settled()
         return self._stream.next_prompt
 
     def next(self, params: Any, step: int) -> Collected:
@@ -95,8 +98,8 @@ class Ahead:
 
     def saved(self) -> dict[str, Any]:
         """Arrays that a checkpoint needs beside `next_prompt`: the batch that comes next, and what
-        it leaves to those after it."""
-        batch = self._wait()
+        it leaves to those after it. None of a batch that failed: it is sampled anew."""
+        batch = self._settled()
         pending = {} if batch is None else {"pending": arrays_of(batch)}
         return pending | self._stream.saved()
 
@@ -106,13 +109,28 @@ class Ahead:
         if placed is params:
             placed = jax.tree.map(jnp.copy, params)
 
-        def sample() -> Collected:
-            batch = self._stream.next(placed, step)
+        self._pending = pending = Future[Collected]()
+
+        def sample() -> None:
+            try:
+                batch = self._stream.next(placed, step)
+            except BaseException as error:
+                pending.set_exception(error)
+                return
             batch.metrics["rollout/staleness"] = float(staleness)
             self._ended = time.perf_counter()
-            return batch
+            pending.set_result(batch)
 
-        self._pending = self._thread.submit(sample)
+        self._thread = threading.Thread(target=sample, name="rollout", daemon=True)
+        self._thread.start()
+
+    def _settled(self) -> Collected | None:
+        """The batch that comes next, as soon as it is there; None where none was begun, or it
+        failed, which the call that needs it will say."""
+        try:
+            return self._wait()
+        except Exception:
+            return None
 
     def _wait(self) -> Collected | None:
         """The batch that comes next, as soon as it is there; None where none was begun."""

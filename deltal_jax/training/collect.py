@@ -86,7 +86,16 @@ class RolloutStream:
         self._key, self._rewards = jnp.copy(key), rewards
 
     def next(self, params: Any, step: int) -> Collected:
-        """The batch of an RL step (counted from 0), sampled by `params`."""
+        """The batch of an RL step (counted from 0), sampled by `params`. Where that fails, the
+        stream is where it was."""
+        before = self.next_prompt, self.carried
+        try:
+            return self._next(params, step)
+        except BaseException:
+            self.next_prompt, self.carried = before
+            raise
+
+    def _next(self, params: Any, step: int) -> Collected:
         started, rl = time.perf_counter(), self.setup.config.rl
         samples, options = rl.samples_per_prompt, self.setup.config.rollout
         before = np.zeros(0, np.int32) if self.carried is None else self.carried.lengths

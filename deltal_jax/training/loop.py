@@ -13,6 +13,7 @@ import numpy as np
 
 from deltal_jax.analysis.report import write_report
 from deltal_jax.backend import enable_compile_cache
+from deltal_jax.errors import UserError
 from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics
 from deltal_jax.model.lora import overlay
 from deltal_jax.model.transformer import attention_work
@@ -184,7 +185,13 @@ def _reinforce(
     for step in range(done + 1, config.rl.steps + 1):
         clock = time.perf_counter()
         with run.profiled(step):
-            batch = batches.next(state.params, step - 1)
+            try:
+                batch = batches.next(state.params, step - 1)
+            except Exception as error:
+                run.save(state, "rl", step - 1, batches)
+                if isinstance(error, UserError) and step > done + 1:  # it was good input so far
+                    raise run.stopped("RL", step, error) from error
+                raise
             try:
                 state, metrics = update_policy(run.setup, update, state, batch)
             except NonFiniteLoss as error:
