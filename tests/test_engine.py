@@ -236,7 +236,7 @@ def test_the_cache_grows_with_the_longest_live_response_and_shrinks_after_it(mon
     run = engine._run
 
     def watched(*arguments):
-        widths.append(window_of(arguments[4]))
+        widths.append(window_of(arguments[3]))
         return run(*arguments)
 
     engine._run = watched
@@ -350,14 +350,6 @@ def test_more_slots_than_this_machine_has_memory_for_are_refused():
     engine = Engine(graphdef, dataclasses.replace(OPTIONS, slots=2**30))
     with pytest.raises(UserError, match=r"rollout\.slots: sampling with 1073741824 takes"):
         engine.generate(params, fakes.prompts(3), KEY, samples=1)
-
-
-def test_streaming_gives_the_tokens_of_generate(sampled):
-    graphdef, params = fakes.model(fakes.PLAIN)
-    first = jax.tree.map(lambda x: x[:1], fakes.prompts(5))
-    streamed = list(Engine(graphdef, OPTIONS).stream(params, first, KEY, step=2))
-    rollout = sampled[0]
-    assert streamed == rollout.tokens[0][rollout.loss_mask[0]].tolist()
 
 
 def test_greedy_takes_the_top_token_of_the_full_forward():

@@ -132,7 +132,7 @@ class Floor:
         arch = side.architecture
         S, T = workload.RESPONSES, workload.PROMPT + workload.LIMIT
         embedding = side.params["embed"]["embedding"]
-        layers = take_apart(side.params["blocks"], arch.layers)
+        layers = take_apart(side.params)[1]
         empty = init_cache(arch.layers, S, arch.kv_heads, T, arch.head_dim, jnp.dtype("float32"))
         caches = jax.tree.map(jnp.ones_like, empty)
         positions = jnp.full((S, 1), T - 1)

@@ -11,7 +11,7 @@ leaves do not grow with depth. `split_model` is called once; everything after is
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -35,6 +35,8 @@ from deltal_jax.model.precision import look_up, wide_product
 
 #: Whether a layer is a local one: known beforehand, or traced in a scan over layers.
 Local = bool | Bool[Array, ""]
+#: The parameters of each layer.
+Layers = list[Any]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -270,7 +272,9 @@ class Transformer(nnx.Module):
 
         if self.arch.remat:
             body = jax.checkpoint(body)
-        x, _ = self._scan(body, self.embedded(tokens), stacked)
+        layers = stacked, jnp.asarray(self._local())
+        unroll = self.arch.layers <= UNROLLED_LAYERS
+        x, _ = jax.lax.scan(body, self.embedded(tokens), layers, unroll=unroll)
         return self.norm(x)
 
     def embedded(self, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape D"]:
@@ -285,52 +289,45 @@ class Transformer(nnx.Module):
         """Which layers are local."""
         return self.arch.local_layers or (False,) * self.arch.layers
 
-    def prefill(self, tokens: Int[Array, "P Tp"]) -> Cache:
+    def prefill(self, tokens: Int[Array, "P Tp"], layers: Layers | None = None) -> Cache:
         """The cache of prompts, padded on the right; what it holds of the padding is never seen
-        before decoding writes over it."""
+        before decoding writes over it. `layers`: see `decode`."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        turns = jax.tree.map(lambda x: x[positions], self.turns(tokens.shape[1]))
+        x, cache = self.embedded(tokens), []
+        for block, local in self._blocks(layers):
+            x, (k, v) = block.rows(x, turns[local], jnp.zeros_like(tokens), local)
+            cache.append(layer_cache(k, v))
+        return tuple(cache)
+
+    def _blocks(self, layers: Layers | None) -> Iterator[tuple[Block, bool]]:
+        """Each layer, and whether it is local."""
         graphdef, stacked = nnx.split(self.blocks)
-
-        def body(x: Array, layer: tuple[Any, Local]) -> tuple[Array, LayerCache]:
-            parameters, local = layer
-            block = nnx.merge(graphdef, parameters)
-            turns = rotations(positions, rope_frequencies(self.arch, local))
-            x, (k, v) = block.rows(x, turns, jnp.zeros_like(tokens), local)
-            return x, layer_cache(k, v)
-
-        _, found = self._scan(body, self.embedded(tokens), stacked)
-        return tuple((k, v) for k, v in zip(*found, strict=True))
-
-    def _scan(self, body: Callable[..., Any], x: Array, stacked: Any) -> Any:
-        """Through all layers: `body` gets the parameters of each and whether it is local."""
-        layers = (stacked, jnp.asarray(self._local()))
-        return jax.lax.scan(body, x, layers, unroll=self.arch.layers <= UNROLLED_LAYERS)
+        for own, local in zip(layers or _unstacked(stacked), self._local(), strict=True):
+            yield nnx.merge(graphdef, own), local
 
     def decode(
         self,
         tokens: Int[Array, " S"],
         positions: Int[Array, " S"],
         cache: Cache,
-        apart: Sequence[Any] | None = None,
+        layers: Layers | None = None,
         turns: dict[bool, Turns] | None = None,
     ) -> tuple[Float[Array, "S V"], Cache]:
         """Logits after one new token a slot; layers are unrolled: the cache updates in place.
 
-        `apart`: the parameters of each layer, where `take_apart` has been called before: a program
+        `layers`: the parameters of each layer, where `take_apart` has been called before: a program
         of one step would copy them all out of the stack. `turns`: those of all positions, from
         outside a loop of steps: in it they would be computed anew for each head and layer.
         """
-        graphdef, stacked = nnx.split(self.blocks)
-        if apart is None:
-            apart = take_apart(stacked, self.arch.layers)
-        x, at, layers = self.embedded(tokens[:, None]), positions[:, None], []
+        x, at, after = self.embedded(tokens[:, None]), positions[:, None], []
         if turns is None:
             turns = self.turns(time_of(cache))
         own_turns = jax.tree.map(lambda x: x[at], turns)
-        for own, layer, local in zip(apart, cache, self._local(), strict=True):
-            x, layer = nnx.merge(graphdef, own).step(x, at, own_turns[local], layer, local)
-            layers.append(layer)
-        return self.logits(self.norm(x[:, 0])), tuple(layers)
+        for (block, local), layer in zip(self._blocks(layers), cache, strict=True):
+            x, layer = block.step(x, at, own_turns[local], layer, local)
+            after.append(layer)
+        return self.logits(self.norm(x[:, 0])), tuple(after)
 
     def turns(self, time: int) -> dict[bool, Turns]:
         """How positions below `time` turn queries and keys, in layers that are local and others."""
@@ -345,9 +342,16 @@ class Transformer(nnx.Module):
         return init_cache(arch.layers, slots, arch.kv_heads, time, arch.head_dim, dtype)
 
 
-def take_apart(stacked: Any, layers: int) -> list[Any]:
-    """The parameters of each layer from those of all."""
-    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layers)]
+def take_apart(params: Any) -> tuple[Any, Layers]:
+    """The parameters with an empty stack of layers, and those of each layer, for `prefill` and
+    `decode`: so none is held twice."""
+    blocks = params["blocks"]
+    return params | {"blocks": jax.tree.map(lambda x: x[:0], blocks)}, _unstacked(blocks)
+
+
+def _unstacked(stacked: Any) -> Layers:
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)]
 
 
 def make_linear(arch: Architecture, name: str, size: int, to: int, **options: Any) -> nnx.Linear:

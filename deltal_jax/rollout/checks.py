@@ -12,7 +12,7 @@ import numpy as np
 
 from deltal_jax.errors import UserError
 from deltal_jax.model.cache import cache_bytes
-from deltal_jax.model.transformer import Architecture, cast_weights, make_graphdef
+from deltal_jax.model.transformer import Architecture, cast_weights, make_graphdef, take_apart
 from deltal_jax.rollout.pools import NARROWEST_PROMPT, POOL_PAIRS, doubled
 from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.types import Prompts
@@ -65,10 +65,11 @@ def sampling_memory(
     time, slots = width + options.max_response_length, options.slots // shards
     heads = arch.kv_heads // tensor if arch.kv_heads % tensor == 0 else arch.kv_heads
     abstract = jax.eval_shape(lambda x: x, params)
-    cast = jax.eval_shape(functools.partial(cast_weights, make_graphdef(arch)), abstract)
-    before, after = jax.tree.leaves(abstract), jax.tree.leaves(cast)
+    graphdef = make_graphdef(arch)
+    rest, layers = jax.eval_shape(lambda x: take_apart(cast_weights(graphdef, x)), abstract)
+    before, after = jax.tree.leaves(abstract), jax.tree.leaves(rest)
     copies = sum(_bytes(b) for a, b in zip(before, after, strict=True) if a.dtype != b.dtype)
-    apart = sum(_bytes(x) for x in jax.tree.leaves(cast["blocks"]))
+    apart = sum(_bytes(x) for x in jax.tree.leaves(layers))
     itemsize = jnp.dtype(arch.compute_dtype or before[0].dtype).itemsize
     cache = functools.partial(
         cache_bytes, arch.layers, kv_heads=heads, head_dim=arch.head_dim, itemsize=itemsize
