@@ -1,5 +1,6 @@
 """Sampling, against peers on the same prompts and against a loop of nothing but its products."""
 
+import contextlib
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -46,23 +47,26 @@ def benchmark_rollout(rounds: int, pythons: dict[str, str]) -> dict[str, Any]:
         side.forget()
     floor = Floor(sides["full"])
     floor.run()
-    peers = {name: Peer(p, PEERS[name][0], name, seeds) for name, p in pythons.items()}
-    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in peers}
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
     products = Timing()
-    for seed in seeds:
-        for side in sides.values():
-            side.sample(seed)
-        products.call(floor.run)
-        for name, peer in peers.items():
-            answers[name].append(peer.ask(seed))
+    with contextlib.ExitStack() as stack:
+        peers = {
+            name: stack.enter_context(Peer(python, PEERS[name][0], name, seeds))
+            for name, python in pythons.items()
+        }
+        for seed in seeds:
+            for side in sides.values():
+                side.sample(seed)
+            products.call(floor.run)
+            for name, peer in peers.items():
+                answers[name].append(peer.ask(seed))
     figures: dict[str, Any] = {name: side.figures() for name, side in sides.items()}
     figures["full"]["products_over_ours"] = ratio(products, sides["full"].timing)
     doubled, limited = (sides[name].timing for name in ("limit 2048", "limit 1024"))
     figures["limit 2048"]["over_limit_1024"] = ratio(doubled, limited)
-    for name, peer in peers.items():
-        peer.close()
+    for name in pythons:
         figures[name] = _peer_figures(answers[name], sides)
-    for name in PEERS.keys() - peers.keys():
+    for name in PEERS.keys() - pythons.keys():
         figures[name] = {"missing": f"--peer {name}=PYTHON of an environment: {PEERS[name][1]}"}
     return figures
 
