@@ -55,12 +55,14 @@ def sampling_memory(
     prompts: tuple[int, int],
     samples: int,
     *,
+    carried: bool = False,
     shards: int = 1,
     tensor: int = 1,
 ) -> dict[str, int]:
     """Bytes that sampling takes on each of `shards` devices, beside the parameters themselves, by
     part: at most, as if every response ran to the limit. `prompts` is how many and how wide;
-    `params` are arrays or shapes; heads are split over `tensor` devices."""
+    `params` are arrays or shapes; `carried`: whether some responses were begun before, one a slot
+    at most; heads are split over `tensor` devices."""
     count, width = prompts
     time, slots = width + options.max_response_length, options.slots // shards
     heads = arch.kv_heads // tensor if arch.kv_heads % tensor == 0 else arch.kv_heads
@@ -75,14 +77,16 @@ def sampling_memory(
         cache_bytes, arch.layers, kv_heads=heads, head_dim=arch.head_dim, itemsize=itemsize
     )
     each = math.ceil(count / shards)
+    pool = min(each, math.ceil(POOL_PAIRS * slots / samples))
+    prompt_cache = cache(slots=pool, time=doubled(width, NARROWEST_PROMPT))
+    if carried:  # prefilled with what they have
+        again = cache(slots=doubled(slots, 1), time=doubled(time, NARROWEST_PROMPT))
+        prompt_cache = max(prompt_cache, again)
     written = 3 if options.raw_logprobs else 2
     return {
         "sampling_weights": (copies + apart) // tensor,
         "kv_cache": cache(slots=slots, time=time),
-        "prompt_cache": cache(
-            slots=min(each, math.ceil(POOL_PAIRS * slots / samples)),
-            time=doubled(width, NARROWEST_PROMPT),
-        ),
+        "prompt_cache": prompt_cache,
         "responses": each * samples * options.max_response_length * written * 4,
     }
 

@@ -91,7 +91,7 @@ class Engine:
             )
         self._graphdef = graphdef
         self._arch: Architecture | None = None
-        #: By the shape of the prompts and the number of samples.
+        #: By the arguments of `_check`.
         self._memory: dict[Any, dict[str, int]] = {}
         alike = functools.partial(jax.jit, compiler_options=ROUND_ALIKE)
         decode_queue = functools.partial(run, graphdef, options)
@@ -199,7 +199,8 @@ class Engine:
         `generate` does.
         """
         prompts = responses.prompts
-        self._check(params, prompts, math.ceil(len(responses.lengths) / len(prompts.lengths)))
+        samples = math.ceil(len(responses.lengths) / len(prompts.lengths))
+        self._check(params, prompts, samples, carried=bool(responses.lengths.any()))
         wanted = len(prompts.lengths) if needed is None else needed
         slots_each = self.options.slots // self.shards
         plan = make_plan(responses, wanted, self.shards, slots_each, room)
@@ -211,19 +212,20 @@ class Engine:
         # On a mesh none stops by itself: others may have long ones to finish.
         steps = CHUNK if self.shards > 1 and wanted < len(prompts.lengths) else 0
         for number, pool in enumerate(plan.pools if plan.needed.any() else ()):
-            store = self._store(weights, pool)
             queue = self._queue(pool, plan, more=pool is not plan.pools[-1])
             slots = dataclasses.replace(slots, taken=self._place(np.zeros(self.shards, np.int32)))
+            store = self._store(weights, pool)
             slots, over = self._drain(
                 weights, store, queue, slots, windows, max(longest[number:]), steps
             )
+            del store  # or it would be there while the next one is computed
             if over:
                 break
         written = self._fetch(slots)
         after = merge(responses, plan.rows.reshape(-1), written)
         return after, stats(written, after.lengths - responses.lengths, self.options.slots)
 
-    def _check(self, params: Any, prompts: Prompts, samples: int) -> None:
+    def _check(self, params: Any, prompts: Prompts, samples: int, *, carried: bool = False) -> None:
         """Raises UserError for what cannot be sampled, or not in the memory that is free."""
         arch = self._arch or nnx.merge(self._graphdef, jax.eval_shape(lambda x: x, params)).arch
         self._arch = arch
@@ -231,10 +233,17 @@ class Engine:
         tensor, devices = 1, None
         if self.mesh is not None:
             tensor, devices = self.mesh.shape["tensor"], self.mesh.local_devices
-        given = prompts.tokens.shape, samples
+        given = prompts.tokens.shape, samples, carried
         if given not in self._memory:
             self._memory[given] = checks.sampling_memory(
-                self.options, arch, params, *given, shards=self.shards, tensor=tensor
+                self.options,
+                arch,
+                params,
+                prompts.tokens.shape,
+                samples,
+                carried=carried,
+                shards=self.shards,
+                tensor=tensor,
             )
         checks.check_memory(self.options, self._memory[given], checks.free_memory(devices))
 

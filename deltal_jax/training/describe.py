@@ -271,6 +271,7 @@ def _sampling_memory(config: Config, arch: Architecture) -> dict[str, int]:
         overlay(held, own),
         (rl.prompts_per_step, rollout.max_prompt_length),
         rl.samples_per_prompt,
+        carried=rollout.partial,
     )
 
 
