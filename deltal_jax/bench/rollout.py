@@ -12,9 +12,10 @@ import numpy as np
 from deltal_jax.bench import workload
 from deltal_jax.bench.measure import Timing, ratio
 from deltal_jax.bench.peer import Peer
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.attention import attend_cache
 from deltal_jax.model.cache import init_cache
-from deltal_jax.model.transformer import Architecture, init_model, split_model, take_apart
+from deltal_jax.model.transformer import init_model, split_model, take_apart
 from deltal_jax.rollout.engine import Engine, SamplingOptions
 from deltal_jax.types import Prompts
 

@@ -13,10 +13,9 @@ from deltal_jax.bench import workload
 from deltal_jax.bench.measure import Timing, in_turn, ratio
 from deltal_jax.bench.peer import Peer
 from deltal_jax.config import Config, RolloutConfig
+from deltal_jax.model.architecture import Architecture, attention_work
 from deltal_jax.model.transformer import (
-    Architecture,
     abstract_params,
-    attention_work,
     init_model,
     make_graphdef,
     parameter_count,

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from deltal_jax.errors import UserError
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.cache import cache_bytes
-from deltal_jax.model.transformer import Architecture, cast_weights, make_graphdef, take_apart
+from deltal_jax.model.transformer import cast_weights, make_graphdef, take_apart
 from deltal_jax.rollout.pools import NARROWEST_PROMPT, POOL_PAIRS, doubled
 from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.types import Prompts

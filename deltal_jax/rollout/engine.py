@@ -21,8 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from deltal_jax.errors import UserError
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.precision import ROUND_ALIKE
-from deltal_jax.model.transformer import Architecture, cast_weights, take_apart
+from deltal_jax.model.transformer import cast_weights, take_apart
 from deltal_jax.parallel.sharding import (
     ROW_AXES,
     parameter_shardings,

@@ -14,9 +14,10 @@ import numpy as np
 
 from deltal_jax.data.tokenizer import GENERATION_CONFIG, Tokenizer, read_tokenizer
 from deltal_jax.errors import UserError
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.families import architecture_of
 from deltal_jax.model.huggingface import CONTEXT, check_vocabulary, load_params, read_config
-from deltal_jax.model.transformer import Architecture, make_graphdef
+from deltal_jax.model.transformer import make_graphdef
 from deltal_jax.rollout.pools import doubled
 from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.rollout.stream import Streamer

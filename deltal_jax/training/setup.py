@@ -16,13 +16,13 @@ from deltal_jax.data.prompts import encode_prompts
 from deltal_jax.data.tokenizer import Tokenizer, read_tokenizer, train_word_tokenizer
 from deltal_jax.errors import UserError
 from deltal_jax.model import huggingface
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.families import architecture_of
 from deltal_jax.model.hub import find_checkpoint, pinned
 from deltal_jax.model.kernels import OWN, PACKS, Kernel, check_kernel, default_attention
 from deltal_jax.model.lora import LoRA, merge_adapters, overlay, trained
 from deltal_jax.model.tensor_files import fingerprint, read_object
 from deltal_jax.model.transformer import (
-    Architecture,
     abstract_params,
     init_model,
     make_graphdef,
