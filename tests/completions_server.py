@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.huggingface import load_architecture, load_params
-from deltal_jax.model.transformer import Architecture, make_graphdef
+from deltal_jax.model.transformer import make_graphdef
 from deltal_jax.rollout.engine import Engine, SamplingOptions
 from deltal_jax.types import Prompts
 

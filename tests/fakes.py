@@ -17,9 +17,9 @@ from safetensors.numpy import save_file
 from deltal_jax.config import load_config
 from deltal_jax.data.tokenizer import train_word_tokenizer
 from deltal_jax.errors import UserError
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.attention import RopeScaling
 from deltal_jax.model.transformer import (
-    Architecture,
     abstract_params,
     init_model,
     make_graphdef,

@@ -18,8 +18,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deltal_jax.errors import UserError
 from deltal_jax.model import kernels
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.attention import attend_rows
-from deltal_jax.model.transformer import Architecture, abstract_params, make_graphdef
+from deltal_jax.model.transformer import abstract_params, make_graphdef
 from deltal_jax.parallel.mesh import make_mesh
 from tests import fakes
 

@@ -1,5 +1,6 @@
 """The benchmarks' load and arithmetic; their seconds are nobody's law."""
 
+import contextlib
 import importlib
 import json
 import sys
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 
 from deltal_jax.bench import loading, model, workload
+from deltal_jax.bench import rollout as bench_rollout
 from deltal_jax.bench.measure import Timing, in_turn, ratio
+from deltal_jax.bench.peer import Peer
 from deltal_jax.bench.update import head_memory
 from deltal_jax.cli.main import main
+from deltal_jax.errors import UserError
 from deltal_jax.model.attention import attend_rows
 from deltal_jax.model.huggingface import load_architecture, load_params
 from deltal_jax.model.transformer import abstract_params
@@ -61,6 +65,60 @@ def test_sides_take_turns_after_one_call_each():
     timings = in_turn(sides, rounds=3)
     assert "".join(calls) == "ab" + "ab" * 3
     assert all(len(t.wall) == len(t.cpu) == 3 for t in timings.values())
+
+
+PEER = """#!/bin/sh
+echo '{}'
+while read seed; do echo "{\\"wall\\": $seed, \\"cpu\\": 1}"; done
+"""
+
+
+@pytest.fixture
+def python(tmp_path):
+    """What takes the place of a peer's Python: its seconds are the seed."""
+    path = tmp_path / "python"
+    path.write_text(PEER)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_peer_is_asked_and_ends_where_a_round_fails(python):
+    with (
+        contextlib.suppress(ZeroDivisionError),
+        Peer(python, "peer_side.py", "it", [5, 6, 7]) as peer,
+    ):
+        assert peer.timing.wall == []  # without what compiles
+        assert peer.ask(7) == {"wall": 7, "cpu": 1}
+        assert peer.timing.wall == [7] and peer.process.poll() is None
+        raise ZeroDivisionError
+    assert peer.process.poll() is not None
+
+
+def test_a_peer_that_says_nothing_is_one_line(tmp_path):
+    path = tmp_path / "python"
+    path.write_text("#!/bin/sh\necho no such module >&2\n")
+    path.chmod(0o755)
+    with pytest.raises(UserError, match="--peer: it did not run: no such module"):
+        Peer(str(path), "peer_side.py", "it", [5])
+
+
+def test_speeds_over_a_peer_by_hand(monkeypatch):
+    """Medians over rounds of ratios a round, and not ratios of medians."""
+    monkeypatch.setattr(workload, "SIZES", workload.SIZES | {"d_model": 8, "d_ff": 8})
+    side = bench_rollout.Side(())
+    side.tokens, side.timing = [10, 20, 30], Timing([1.0, 1.0, 2.0], [2.0, 1.0, 1.0])
+    whole = [{"tokens": n, "wall": w, "cpu": 1.0} for n, w in ((10, 1.0), (10, 4.0), (30, 1.0))]
+    answers = [answer | {"full": {"tokens": 10, "wall": 1.0, "cpu": 2.0}} for answer in whole]
+    found = bench_rollout._peer_figures(answers, {"geometric": side, "full": side})
+    assert found["geometric"] == {
+        "wall_s": 1.0,
+        "cpu_s": 1.0,
+        "useful_tokens_per_s": 10.0,  # of 10, 2.5, 30
+        "ours_over_it": 1.0,  # of 10/10, 20/2.5, 15/30
+        "ours_over_it_per_cpu_s": 1.0,  # of 5/10, 20/10, 30/30
+    }
+    assert found["full"]["ours_over_it"] == 1.5  # of 10/10, 20/10, 15/10
+    assert found["full"]["ours_over_it_per_cpu_s"] == 4.0  # of 5/5, 20/5, 30/5
 
 
 def test_memory_does_not_follow_the_vocabulary():

@@ -22,9 +22,9 @@ from deltal_jax.config import (
     load_config,
     schema,
 )
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.kernels import Kernel
 from deltal_jax.model.lora import TARGETS
-from deltal_jax.model.transformer import Architecture
 from deltal_jax.objective.advantages import ADVANTAGES
 from deltal_jax.objective.aggregation import AGGREGATIONS
 from deltal_jax.objective.correction import CORRECTIONS

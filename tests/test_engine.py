@@ -236,7 +236,7 @@ def test_the_cache_grows_with_the_longest_live_response_and_shrinks_after_it(mon
     run = engine._run
 
     def watched(*arguments):
-        widths.append(window_of(arguments[4]))
+        widths.append(window_of(arguments[3]))
         return run(*arguments)
 
     engine._run = watched
@@ -345,19 +345,23 @@ def test_slots_whose_cache_does_not_fit_are_refused_with_how_many_would(monkeypa
     engine.generate(params, fakes.prompts(3), KEY, samples=2)
 
 
+def test_the_memory_of_responses_that_go_on_is_that_of_all_their_tokens():
+    params = fakes.model(fakes.PLAIN)[1]
+    begun = begin(OPTIONS, fakes.prompts(4), KEY, samples=2)
+    begun = dataclasses.replace(begun, lengths=np.repeat(np.int32([11, 0]), 4))  # one a slot
+    pool = pools.make_plan(begun, 4, 1, OPTIONS.slots).pools[0]
+    count, longest = pool.tokens.shape[1:]
+    width = pools.doubled(longest, pools.NARROWEST_PROMPT)
+    stored = init_cache(2, count, 2, width, 8, jnp.dtype("float32"))
+    memory = checks.sampling_memory(OPTIONS, fakes.PLAIN, params, (4, 6), 2, carried=True)
+    assert memory["prompt_cache"] == sum(x.nbytes for x in jax.tree.leaves(stored))
+
+
 def test_more_slots_than_this_machine_has_memory_for_are_refused():
     graphdef, params = fakes.model(fakes.PLAIN)
     engine = Engine(graphdef, dataclasses.replace(OPTIONS, slots=2**30))
     with pytest.raises(UserError, match=r"rollout\.slots: sampling with 1073741824 takes"):
         engine.generate(params, fakes.prompts(3), KEY, samples=1)
-
-
-def test_streaming_gives_the_tokens_of_generate(sampled):
-    graphdef, params = fakes.model(fakes.PLAIN)
-    first = jax.tree.map(lambda x: x[:1], fakes.prompts(5))
-    streamed = list(Engine(graphdef, OPTIONS).stream(params, first, KEY, step=2))
-    rollout = sampled[0]
-    assert streamed == rollout.tokens[0][rollout.loss_mask[0]].tolist()
 
 
 def test_greedy_takes_the_top_token_of_the_full_forward():

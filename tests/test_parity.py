@@ -20,6 +20,7 @@ import pytest
 from flax import nnx
 
 from deltal_jax.model import huggingface
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.huggingface import (
     export,
     export_adapters,
@@ -28,12 +29,7 @@ from deltal_jax.model.huggingface import (
     read_config,
 )
 from deltal_jax.model.lora import TARGETS, LoRA, merge_adapters, overlay, trained
-from deltal_jax.model.transformer import (
-    Architecture,
-    abstract_params,
-    make_graphdef,
-    parameter_count,
-)
+from deltal_jax.model.transformer import abstract_params, make_graphdef, parameter_count
 from deltal_jax.rollout.engine import Engine, SamplingOptions
 from deltal_jax.types import Prompts
 from tests import fakes

@@ -15,7 +15,7 @@ from deltal_jax.data.conversation import Conversation
 from deltal_jax.data.tokenizer import read_tokenizer
 from deltal_jax.errors import UserError
 from deltal_jax.model.huggingface import load_architecture, load_params
-from deltal_jax.rollout.engine import Engine
+from deltal_jax.rollout.stream import Streamer
 from deltal_jax.rollout.text import Response, Writer, open_checkpoint
 from tests import fakes, small_tokenizers
 from tests.test_chat import CHATML, DATE, GEMMA, LLAMA3
@@ -81,16 +81,16 @@ def deltal(capsys, monkeypatch):
 def fed(monkeypatch):
     """(prompt ids, ids drawn) of every response from now on."""
     found = []
-    stream = Engine.stream
+    stream = Streamer.stream
 
-    def watched(self, params, prompts, *rest, **options):
+    def watched(self, prompts, *rest, **options):
         drawn = []
         found.append((prompts.tokens[0, : prompts.lengths[0]].tolist(), drawn))
-        for token in stream(self, params, prompts, *rest, **options):
+        for token in stream(self, prompts, *rest, **options):
             drawn.append(token)
             yield token
 
-    monkeypatch.setattr(Engine, "stream", watched)
+    monkeypatch.setattr(Streamer, "stream", watched)
     return found
 
 
@@ -209,9 +209,9 @@ def test_prompts_of_all_widths_share_one_compiled_decoding(folders):
         response = writer.respond([7] * length)
         list(itertools.islice(response, 3))
         assert len(response.ids) >= 2
-    assert writer._engine._prefill._cache_size() == 2
-    assert writer._engine._decode._cache_size() == 1
-    assert writer._engine._draw._cache_size() == 1
+    assert writer._streamer._prefill._cache_size() == 2
+    assert writer._streamer._decode._cache_size() == 1
+    assert writer._streamer._draw._cache_size() == 1
 
 
 def conversation(tmp_path, family, template):
@@ -348,7 +348,7 @@ def test_on_a_terminal_a_refused_message_does_not_end_the_conversation(deltal, f
 @pytest.fixture
 def interrupted(monkeypatch):
     """Ctrl-C while the third token of the first response is drawn."""
-    stream, calls = Engine.stream, itertools.count()
+    stream, calls = Streamer.stream, itertools.count()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def broken(*arguments, **options):
@@ -358,7 +358,7 @@ def interrupted(monkeypatch):
                 signal.raise_signal(signal.SIGINT)
             yield token
 
-    monkeypatch.setattr(Engine, "stream", broken)
+    monkeypatch.setattr(Streamer, "stream", broken)
     yield
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
@@ -379,7 +379,7 @@ def test_ctrl_c_ends_the_program_without_a_conversation(interrupted, deltal, fol
 
 
 def test_a_stopped_response_lets_go_of_what_the_sampler_holds(folders):
-    """A cache and a copy of all layers: a conversation keeps its responses."""
+    """A conversation keeps its responses."""
     held = {"cache"}
 
     def tokens():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deltal_jax.model.architecture import rope_frequencies
 from deltal_jax.model.attention import RopeScaling, rope, rotations
 from deltal_jax.model.cache import resized, time_of
 from deltal_jax.model.transformer import (
@@ -16,7 +17,6 @@ from deltal_jax.model.transformer import (
     RMSNorm,
     init_model,
     parameter_count,
-    rope_frequencies,
     split_model,
 )
 from tests import fakes

@@ -19,9 +19,9 @@ from safetensors.numpy import save_file
 
 from deltal_jax.bench.measure import Timing, ratio
 from deltal_jax.errors import UserError
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.families import config_of
 from deltal_jax.model.huggingface import CONFIG, INDEX, load_params, stored_shapes
-from deltal_jax.model.transformer import Architecture
 
 #: The shapes of Qwen2.5-1.5B with 16 of its 28 layers: 1.96 GB in bfloat16.
 ARCHITECTURE = Architecture(

@@ -8,14 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltal_jax.bench.measure import Timing, in_turn, ratio
+from deltal_jax.model.architecture import Architecture, matrix_size
 from deltal_jax.model.attention import MASKED, attend_rows
-from deltal_jax.model.transformer import (
-    Architecture,
-    init_model,
-    make_graphdef,
-    matrix_size,
-    split_model,
-)
+from deltal_jax.model.transformer import init_model, make_graphdef, split_model
 
 #: Layers of Qwen2.5-0.5B's kind, without a head: it would be a plain product.
 ARCHITECTURE = Architecture(

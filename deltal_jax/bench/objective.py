@@ -9,7 +9,8 @@ import optax
 
 from deltal_jax.bench import workload
 from deltal_jax.bench.measure import in_turn, ratio
-from deltal_jax.model.transformer import Architecture, init_model, split_model
+from deltal_jax.model.architecture import Architecture
+from deltal_jax.model.transformer import init_model, split_model
 from deltal_jax.objective.aggregation import (
     constant_length,
     delta_l,

@@ -12,7 +12,7 @@ from deltal_jax.errors import UserError
 
 class Peer:
     """A script of this folder that answers a seed on its standard input by one line of JSON, with
-    `wall` and `cpu` seconds. Raises UserError where it does not run."""
+    `wall` and `cpu` seconds; ends where its `with` does. Raises UserError where it does not run."""
 
     def __init__(self, python: str, script: str, name: str, seeds: list[int]):
         self.name = name
@@ -29,10 +29,22 @@ class Peer:
         except OSError as error:
             raise UserError(f"--peer: cannot run {python}: {error.strerror}") from error
         self.timing = Timing()
-        self._read()
-        for seed in seeds[:2]:  # compiles
-            self.ask(seed)
+        try:
+            self._read()
+            for seed in seeds[:2]:  # compiles
+                self.ask(seed)
+        except BaseException:
+            self.__exit__()
+            raise
         self.timing = Timing()
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        with self.process, self.errors:  # closes the pipes, and waits
+            self.process.kill()
 
     def ask(self, seed: int) -> dict[str, Any]:
         """One run of a seed: what it says, its seconds noted in `timing`."""
@@ -43,11 +55,6 @@ class Peer:
         self.timing.wall.append(found["wall"])
         self.timing.cpu.append(found["cpu"])
         return found
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.wait()
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None

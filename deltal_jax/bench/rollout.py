@@ -1,5 +1,6 @@
 """Sampling, against peers on the same prompts and against a loop of nothing but its products."""
 
+import contextlib
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 from deltal_jax.bench import workload
 from deltal_jax.bench.measure import Timing, ratio
 from deltal_jax.bench.peer import Peer
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.attention import attend_cache
 from deltal_jax.model.cache import init_cache
-from deltal_jax.model.transformer import Architecture, init_model, split_model, take_apart
+from deltal_jax.model.transformer import init_model, split_model, take_apart
 from deltal_jax.rollout.engine import Engine, SamplingOptions
 from deltal_jax.types import Prompts
 
@@ -46,23 +48,26 @@ def benchmark_rollout(rounds: int, pythons: dict[str, str]) -> dict[str, Any]:
         side.forget()
     floor = Floor(sides["full"])
     floor.run()
-    peers = {name: Peer(p, PEERS[name][0], name, seeds) for name, p in pythons.items()}
-    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in peers}
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
     products = Timing()
-    for seed in seeds:
-        for side in sides.values():
-            side.sample(seed)
-        products.call(floor.run)
-        for name, peer in peers.items():
-            answers[name].append(peer.ask(seed))
+    with contextlib.ExitStack() as stack:
+        peers = {
+            name: stack.enter_context(Peer(python, PEERS[name][0], name, seeds))
+            for name, python in pythons.items()
+        }
+        for seed in seeds:
+            for side in sides.values():
+                side.sample(seed)
+            products.call(floor.run)
+            for name, peer in peers.items():
+                answers[name].append(peer.ask(seed))
     figures: dict[str, Any] = {name: side.figures() for name, side in sides.items()}
     figures["full"]["products_over_ours"] = ratio(products, sides["full"].timing)
     doubled, limited = (sides[name].timing for name in ("limit 2048", "limit 1024"))
     figures["limit 2048"]["over_limit_1024"] = ratio(doubled, limited)
-    for name, peer in peers.items():
-        peer.close()
+    for name in pythons:
         figures[name] = _peer_figures(answers[name], sides)
-    for name in PEERS.keys() - peers.keys():
+    for name in PEERS.keys() - pythons.keys():
         figures[name] = {"missing": f"--peer {name}=PYTHON of an environment: {PEERS[name][1]}"}
     return figures
 
@@ -132,7 +137,7 @@ class Floor:
         arch = side.architecture
         S, T = workload.RESPONSES, workload.PROMPT + workload.LIMIT
         embedding = side.params["embed"]["embedding"]
-        layers = take_apart(side.params["blocks"], arch.layers)
+        layers = take_apart(side.params)[1]
         empty = init_cache(arch.layers, S, arch.kv_heads, T, arch.head_dim, jnp.dtype("float32"))
         caches = jax.tree.map(jnp.ones_like, empty)
         positions = jnp.full((S, 1), T - 1)

@@ -1,6 +1,7 @@
 """The policy update, against a peer's on the same batches, and against its own limits."""
 
 import statistics
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -12,10 +13,9 @@ from deltal_jax.bench import workload
 from deltal_jax.bench.measure import Timing, in_turn, ratio
 from deltal_jax.bench.peer import Peer
 from deltal_jax.config import Config, RolloutConfig
+from deltal_jax.model.architecture import Architecture, attention_work
 from deltal_jax.model.transformer import (
-    Architecture,
     abstract_params,
-    attention_work,
     init_model,
     make_graphdef,
     parameter_count,
@@ -43,12 +43,12 @@ def benchmark_update(rounds: int, peer: str | None) -> dict[str, Any]:
         for seed in seeds:
             side.step(seed)
     timings: dict[str, Timing] = {name: Timing() for name in ours}
-    theirs = Peer(peer, "tunix_update.py", "Tunix", seeds) if peer else None
-    for seed in seeds:
-        for name, side in ours.items():
-            timings[name].call(lambda side=side, seed=seed: side.step(seed))
-        if theirs is not None:
-            theirs.ask(seed)
+    with Peer(peer, "tunix_update.py", "Tunix", seeds) if peer else nullcontext() as theirs:
+        for seed in seeds:
+            for name, side in ours.items():
+                timings[name].call(lambda side=side, seed=seed: side.step(seed))
+            if theirs is not None:
+                theirs.ask(seed)
     figures: dict[str, Any] = {name: timings[name].summary() for name in ours}
     tokens = [int(workload.batch_arrays(seed)["lengths"].sum()) for seed in seeds]
     for name, side in ours.items():
@@ -61,7 +61,6 @@ def benchmark_update(rounds: int, peer: str | None) -> dict[str, Any]:
         doubled = timings[f"{name}, doubled limit"]
         figures[name]["doubled_limit_over_limit"] = ratio(doubled, timings[name])
     if theirs is not None:
-        theirs.close()
         speeds = [n / t for n, t in zip(tokens, theirs.timing.wall, strict=True)]
         figures["tunix, padded"] = theirs.timing.summary() | {
             "useful_tokens_per_s": statistics.median(speeds)

@@ -13,7 +13,7 @@ RESPONSES, PROMPT, LIMIT, GROUP = 32, 32, 128, 8
 BOS, EOS, FIRST = 1, 2, 3
 LEARNING_RATE, CLIP_LOW, CLIP_HIGH = 1e-5, 0.2, 0.28
 
-#: The model, by the names of `model.transformer.Architecture`.
+#: The model, by the names of `model.architecture.Architecture`.
 SIZES: dict[str, Any] = dict(
     vocab=2048,
     layers=4,

@@ -109,7 +109,7 @@ def _ask_run(arguments: argparse.Namespace) -> int:
     import jax
 
     from deltal_jax.rollout.text import Response
-    from deltal_jax.training.setup import encode_problems, make_local_engine
+    from deltal_jax.training.setup import encode_problems, make_streamer
     from deltal_jax.training.trained import load_trained
 
     check_seed(arguments.seed)
@@ -122,11 +122,11 @@ def _ask_run(arguments: argparse.Namespace) -> int:
     temperature = arguments.temperature
     temperature = config.evaluate.temperature if temperature is None else temperature
     _check_temperature(temperature)
-    engine = make_local_engine(setup, temperature=temperature)
+    streamer = make_streamer(setup, trained.params, temperature=temperature)
     prompts = encode_problems(setup, [problem])
     if not arguments.json:
         print(problem.prompt, end="", flush=True)
-    tokens = engine.stream(trained.params, prompts, jax.random.key(arguments.seed))
+    tokens = streamer.stream(prompts, jax.random.key(arguments.seed))
     response, text = Response(tokens, setup.tokenizer), ""
     with _interruptible(response):
         for part in response:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from deltal_jax.errors import UserError
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.attention import RopeScaling
-from deltal_jax.model.transformer import Architecture
 
 Config = dict[str, Any]
 

@@ -24,10 +24,11 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors.numpy import save_file
 
 from deltal_jax.errors import UserError
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.families import TensorName, architecture_of, config_of, tensor_names
 from deltal_jax.model.lora import TARGETS
 from deltal_jax.model.tensor_files import INDEX, SINGLE, TensorFiles, read_object
-from deltal_jax.model.transformer import Architecture, abstract_params
+from deltal_jax.model.transformer import abstract_params
 from deltal_jax.parallel.sharding import parameter_shardings
 
 CONFIG = "config.json"

@@ -2,39 +2,36 @@
 feed-forward.
 
 The layers are stacked along a leading axis and scanned, so that compile time and the number of
-leaves do not grow with depth. `split_model` is called once; everything after is a pure function of
-`params`:
+leaves do not grow with depth; sampling takes them apart. `split_model` is called once; everything
+after is a pure function of `params`:
 
     graphdef, params = split_model(init_model(config, key))
     hidden = nnx.merge(graphdef, params).hidden(tokens, positions, segment_ids)
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from deltal_jax.model.architecture import Architecture, Local, rope_frequencies, window_of
 from deltal_jax.model.attention import (
-    RopeScaling,
     Turns,
     attend_cache,
     attend_rows,
     rope,
     rotations,
-    scaled,
 )
 from deltal_jax.model.cache import Cache, LayerCache, init_cache, layer_cache, time_of, write_token
-from deltal_jax.model.kernels import Kernel
-from deltal_jax.model.lora import LoRA, LoRALinear
+from deltal_jax.model.lora import LoRALinear
 from deltal_jax.model.precision import look_up, wide_product
 
-#: Whether a layer is a local one: known beforehand, or traced in a scan over layers.
-Local = bool | Bool[Array, ""]
+#: The parameters of each layer.
+Layers = list[Any]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -44,51 +41,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 #: Up to this depth the scan over layers is unrolled: a quarter faster on CPU, and it still compiles
 #: soon.
 UNROLLED_LAYERS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """The shape of the model, and all in which families differ. `head_dim` need not be
-    d_model / heads."""
-
-    vocab: int
-    layers: int
-    d_model: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    d_ff: int
-    tied_embeddings: bool = False
-    rope_theta: float = 10_000.0
-    norm_epsilon: float = 1e-6
-    #: Recompute each layer in the backward pass: less memory, a third more work, the same numbers.
-    remat: bool = True
-    #: Type of the activations, to which weights are cast where they are used; None: that of the
-    #: weights. Norms, softmax and logits are in float32 or better all the same.
-    compute_dtype: str | None = None
-    #: Low-rank adapters beside the matrices, if any.
-    lora: LoRA | None = None
-    rope_scaling: RopeScaling | None = None
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    #: RMSNorm of each head's queries and keys, before the rotation.
-    qk_norm: bool = False
-    activation: Literal["silu", "gelu_tanh"] = "silu"
-    #: Added to the scale of every norm; if not 0, the scale comes before the cast to the dtype.
-    norm_offset: float = 0.0
-    #: Norms of the outputs of attention and feed-forward, before they are added.
-    post_norms: bool = False
-    embed_scale: float = 1.0
-    #: Factor on the attention scores; None: head_dim^-1/2.
-    query_scale: float | None = None
-    #: In local layers a token sees this many tokens, itself included.
-    sliding_window: int | None = None
-    local_layers: tuple[bool, ...] = ()
-    #: Rotary base of the local layers; None: as the others.
-    local_rope_theta: float | None = None
-    #: The kernel of attention over whole rows: see `model.attention.attend_rows`.
-    attention: Kernel = "xla"
 
 
 class RMSNorm(nnx.Module):
@@ -270,7 +222,9 @@ class Transformer(nnx.Module):
 
         if self.arch.remat:
             body = jax.checkpoint(body)
-        x, _ = self._scan(body, self.embedded(tokens), stacked)
+        layers = stacked, jnp.asarray(self._local())
+        unroll = self.arch.layers <= UNROLLED_LAYERS
+        x, _ = jax.lax.scan(body, self.embedded(tokens), layers, unroll=unroll)
         return self.norm(x)
 
     def embedded(self, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape D"]:
@@ -285,52 +239,45 @@ class Transformer(nnx.Module):
         """Which layers are local."""
         return self.arch.local_layers or (False,) * self.arch.layers
 
-    def prefill(self, tokens: Int[Array, "P Tp"]) -> Cache:
+    def prefill(self, tokens: Int[Array, "P Tp"], layers: Layers | None = None) -> Cache:
         """The cache of prompts, padded on the right; what it holds of the padding is never seen
-        before decoding writes over it."""
+        before decoding writes over it. `layers`: see `decode`."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        turns = jax.tree.map(lambda x: x[positions], self.turns(tokens.shape[1]))
+        x, cache = self.embedded(tokens), []
+        for block, local in self._blocks(layers):
+            x, (k, v) = block.rows(x, turns[local], jnp.zeros_like(tokens), local)
+            cache.append(layer_cache(k, v))
+        return tuple(cache)
+
+    def _blocks(self, layers: Layers | None) -> Iterator[tuple[Block, bool]]:
+        """Each layer, and whether it is local."""
         graphdef, stacked = nnx.split(self.blocks)
-
-        def body(x: Array, layer: tuple[Any, Local]) -> tuple[Array, LayerCache]:
-            parameters, local = layer
-            block = nnx.merge(graphdef, parameters)
-            turns = rotations(positions, rope_frequencies(self.arch, local))
-            x, (k, v) = block.rows(x, turns, jnp.zeros_like(tokens), local)
-            return x, layer_cache(k, v)
-
-        _, found = self._scan(body, self.embedded(tokens), stacked)
-        return tuple((k, v) for k, v in zip(*found, strict=True))
-
-    def _scan(self, body: Callable[..., Any], x: Array, stacked: Any) -> Any:
-        """Through all layers: `body` gets the parameters of each and whether it is local."""
-        layers = (stacked, jnp.asarray(self._local()))
-        return jax.lax.scan(body, x, layers, unroll=self.arch.layers <= UNROLLED_LAYERS)
+        for own, local in zip(layers or _unstacked(stacked), self._local(), strict=True):
+            yield nnx.merge(graphdef, own), local
 
     def decode(
         self,
         tokens: Int[Array, " S"],
         positions: Int[Array, " S"],
         cache: Cache,
-        apart: Sequence[Any] | None = None,
+        layers: Layers | None = None,
         turns: dict[bool, Turns] | None = None,
     ) -> tuple[Float[Array, "S V"], Cache]:
         """Logits after one new token a slot; layers are unrolled: the cache updates in place.
 
-        `apart`: the parameters of each layer, where `take_apart` has been called before: a program
+        `layers`: the parameters of each layer, where `take_apart` has been called before: a program
         of one step would copy them all out of the stack. `turns`: those of all positions, from
         outside a loop of steps: in it they would be computed anew for each head and layer.
         """
-        graphdef, stacked = nnx.split(self.blocks)
-        if apart is None:
-            apart = take_apart(stacked, self.arch.layers)
-        x, at, layers = self.embedded(tokens[:, None]), positions[:, None], []
+        x, at, after = self.embedded(tokens[:, None]), positions[:, None], []
         if turns is None:
             turns = self.turns(time_of(cache))
         own_turns = jax.tree.map(lambda x: x[at], turns)
-        for own, layer, local in zip(apart, cache, self._local(), strict=True):
-            x, layer = nnx.merge(graphdef, own).step(x, at, own_turns[local], layer, local)
-            layers.append(layer)
-        return self.logits(self.norm(x[:, 0])), tuple(layers)
+        for (block, local), layer in zip(self._blocks(layers), cache, strict=True):
+            x, layer = block.step(x, at, own_turns[local], layer, local)
+            after.append(layer)
+        return self.logits(self.norm(x[:, 0])), tuple(after)
 
     def turns(self, time: int) -> dict[bool, Turns]:
         """How positions below `time` turn queries and keys, in layers that are local and others."""
@@ -345,9 +292,16 @@ class Transformer(nnx.Module):
         return init_cache(arch.layers, slots, arch.kv_heads, time, arch.head_dim, dtype)
 
 
-def take_apart(stacked: Any, layers: int) -> list[Any]:
-    """The parameters of each layer from those of all."""
-    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layers)]
+def take_apart(params: Any) -> tuple[Any, Layers]:
+    """The parameters with an empty stack of layers, and those of each layer, for `prefill` and
+    `decode`: so none is held twice."""
+    blocks = params["blocks"]
+    return params | {"blocks": jax.tree.map(lambda x: x[:0], blocks)}, _unstacked(blocks)
+
+
+def _unstacked(stacked: Any) -> Layers:
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)]
 
 
 def make_linear(arch: Architecture, name: str, size: int, to: int, **options: Any) -> nnx.Linear:
@@ -355,21 +309,6 @@ def make_linear(arch: Architecture, name: str, size: int, to: int, **options: An
     if arch.lora is not None and name in arch.lora.targets:
         return LoRALinear(size, to, arch.lora, dtype=arch.compute_dtype, **options)
     return nnx.Linear(size, to, dtype=arch.compute_dtype, **options)
-
-
-def rope_frequencies(arch: Architecture, local: Local) -> Float[Array, " half"]:
-    """Radians a position of each pair of a layer."""
-    half = arch.head_dim // 2
-    exponents = -jnp.arange(half, dtype=jnp.float32) / half
-    found = scaled(arch.rope_theta**exponents, arch.rope_scaling)
-    if arch.local_rope_theta is None or not any(arch.local_layers):
-        return found
-    return jnp.where(local, arch.local_rope_theta**exponents, found)
-
-
-def window_of(arch: Architecture) -> int | None:
-    """How many tokens a token of a local layer sees, itself included; None: no layer is local."""
-    return arch.sliding_window if any(arch.local_layers) else None
 
 
 def init_model(arch: Architecture, key: Array) -> Transformer:
@@ -392,18 +331,6 @@ def cast_weights(graphdef: nnx.GraphDef, params: Any) -> Any:
         return x if dtype is None or path[-1].key == "scale" else x.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def matrix_size(arch: Architecture) -> int:
-    """Numbers in the matrices of one layer."""
-    heads, kv_heads = (count * arch.head_dim for count in (arch.heads, arch.kv_heads))
-    return arch.d_model * (2 * heads + 2 * kv_heads + 3 * arch.d_ff)
-
-
-def attention_work(arch: Architecture) -> float:
-    """What each column of a row adds to the work of a token, relative to that of its matrix
-    products with the parameters of the layers."""
-    return 2 * arch.heads * arch.head_dim / matrix_size(arch)
 
 
 def make_graphdef(arch: Architecture) -> nnx.GraphDef:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from deltal_jax.errors import UserError
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.cache import cache_bytes
-from deltal_jax.model.transformer import Architecture, cast_weights, make_graphdef
+from deltal_jax.model.transformer import cast_weights, make_graphdef, take_apart
 from deltal_jax.rollout.pools import NARROWEST_PROMPT, POOL_PAIRS, doubled
 from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.types import Prompts
@@ -55,33 +56,38 @@ def sampling_memory(
     prompts: tuple[int, int],
     samples: int,
     *,
+    carried: bool = False,
     shards: int = 1,
     tensor: int = 1,
 ) -> dict[str, int]:
     """Bytes that sampling takes on each of `shards` devices, beside the parameters themselves, by
     part: at most, as if every response ran to the limit. `prompts` is how many and how wide;
-    `params` are arrays or shapes; heads are split over `tensor` devices."""
+    `params` are arrays or shapes; `carried`: whether some responses were begun before, one a slot
+    at most; heads are split over `tensor` devices."""
     count, width = prompts
     time, slots = width + options.max_response_length, options.slots // shards
     heads = arch.kv_heads // tensor if arch.kv_heads % tensor == 0 else arch.kv_heads
     abstract = jax.eval_shape(lambda x: x, params)
-    cast = jax.eval_shape(functools.partial(cast_weights, make_graphdef(arch)), abstract)
-    before, after = jax.tree.leaves(abstract), jax.tree.leaves(cast)
+    graphdef = make_graphdef(arch)
+    rest, layers = jax.eval_shape(lambda x: take_apart(cast_weights(graphdef, x)), abstract)
+    before, after = jax.tree.leaves(abstract), jax.tree.leaves(rest)
     copies = sum(_bytes(b) for a, b in zip(before, after, strict=True) if a.dtype != b.dtype)
-    apart = sum(_bytes(x) for x in jax.tree.leaves(cast["blocks"]))
+    apart = sum(_bytes(x) for x in jax.tree.leaves(layers))
     itemsize = jnp.dtype(arch.compute_dtype or before[0].dtype).itemsize
     cache = functools.partial(
         cache_bytes, arch.layers, kv_heads=heads, head_dim=arch.head_dim, itemsize=itemsize
     )
     each = math.ceil(count / shards)
+    pool = min(each, math.ceil(POOL_PAIRS * slots / samples))
+    prompt_cache = cache(slots=pool, time=doubled(width, NARROWEST_PROMPT))
+    if carried:  # prefilled with what they have
+        again = cache(slots=doubled(slots, 1), time=doubled(time, NARROWEST_PROMPT))
+        prompt_cache = max(prompt_cache, again)
     written = 3 if options.raw_logprobs else 2
     return {
         "sampling_weights": (copies + apart) // tensor,
         "kv_cache": cache(slots=slots, time=time),
-        "prompt_cache": cache(
-            slots=min(each, math.ceil(POOL_PAIRS * slots / samples)),
-            time=doubled(width, NARROWEST_PROMPT),
-        ),
+        "prompt_cache": prompt_cache,
         "responses": each * samples * options.max_response_length * written * 4,
     }
 

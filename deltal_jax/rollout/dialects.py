@@ -101,24 +101,15 @@ class VLLM:
         version: str,
         best: int = 0,
     ) -> dict[str, Any]:
-        return {
+        return _distribution(options) | {
             "prompt": list(prompt),
             "n": 1,
             "seed": seed,
             "max_tokens": options.max_response_length,
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "top_k": -1 if options.top_k is None else options.top_k,
-            "min_p": options.min_p,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
             "ignore_eos": True,
-            "stop_token_ids": list(options.eos_ids),
             "logprobs": best,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
-            "skip_special_tokens": False,
             "cache_salt": version,
         }
 
@@ -168,18 +159,9 @@ class SGLang:
         best: int = 0,
     ) -> dict[str, Any]:
         del version  # every answer says which weights it is from
-        sampling = {
+        sampling = _distribution(options) | {
             "sampling_seed": seed,
             "max_new_tokens": options.max_response_length,
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "top_k": -1 if options.top_k is None else options.top_k,
-            "min_p": options.min_p,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "stop_token_ids": list(options.eos_ids),
-            "skip_special_tokens": False,
             "no_stop_trim": True,
         }
         asked = {"return_logprob": True, "top_logprobs_num": best, "return_text_in_logprobs": False}
@@ -213,6 +195,22 @@ class SGLang:
     def update(self, folder: Path, version: str) -> tuple[str, dict[str, Any]]:
         body = {"model_path": str(folder), "weight_version": version, "abort_all_requests": True}
         return "/update_weights_from_disk", body
+
+
+def _distribution(options: SamplingOptions) -> dict[str, Any]:
+    """What both call by the same names: from what tokens are drawn, and which of them end a
+    response."""
+    return {
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": -1 if options.top_k is None else options.top_k,
+        "min_p": options.min_p,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "stop_token_ids": list(options.eos_ids),
+        "skip_special_tokens": False,
+    }
 
 
 #: What `rollout.server.dialect` may name.

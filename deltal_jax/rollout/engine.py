@@ -10,7 +10,6 @@ import bisect
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,9 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from deltal_jax.errors import UserError
-from deltal_jax.model.cache import resized
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.precision import ROUND_ALIKE
-from deltal_jax.model.transformer import Architecture, cast_weights, take_apart
+from deltal_jax.model.transformer import cast_weights, take_apart
 from deltal_jax.parallel.sharding import (
     ROW_AXES,
     parameter_shardings,
@@ -35,7 +34,6 @@ from deltal_jax.parallel.sharding import (
 from deltal_jax.rollout import checks, pools
 from deltal_jax.rollout.pools import Plan, Pool, doubled, make_plan
 from deltal_jax.rollout.results import Written, assemble, begin, merge, stats, take
-from deltal_jax.rollout.sampling import stream_keys
 from deltal_jax.rollout.schedule import RolloutStats
 from deltal_jax.rollout.slots import (
     Queue,
@@ -43,9 +41,10 @@ from deltal_jax.rollout.slots import (
     Slots,
     Status,
     Store,
+    Weights,
     compact,
-    draw,
     empty_slots,
+    prefill,
     resize,
     run,
     status_of,
@@ -93,7 +92,7 @@ class Engine:
             )
         self._graphdef = graphdef
         self._arch: Architecture | None = None
-        #: By the shape of the prompts and the number of samples.
+        #: By the arguments of `_check`.
         self._memory: dict[Any, dict[str, int]] = {}
         alike = functools.partial(jax.jit, compiler_options=ROUND_ALIKE)
         decode_queue = functools.partial(run, graphdef, options)
@@ -102,38 +101,26 @@ class Engine:
             decode_queue = jax.shard_map(
                 decode_queue,
                 mesh=mesh,
-                in_specs=(whole, whole, rows, rows, rows, whole, whole, whole),
+                in_specs=(whole, rows, rows, rows, whole, whole, whole),
                 out_specs=rows,
                 axis_names=set(ROW_AXES),
                 check_vma=False,  # loops of different lengths on each device
             )
 
         def turn(
-            params: Any,
-            layers: Any,
-            store: Store,
-            queue: Queue,
-            slots: Slots,
-            *bounds: Array,
+            weights: Weights, store: Store, queue: Queue, slots: Slots, *bounds: Array
         ) -> tuple[Slots, Status]:
-            slots = decode_queue(params, layers, store, queue, slots, *bounds)
+            slots = decode_queue(weights, store, queue, slots, *bounds)
             status = status_of(queue, slots)
             return slots, status if mesh is None else self._whole(status)
 
-        self._run = alike(turn, donate_argnums=4)
-        self._prefill = alike(lambda params, tokens: nnx.merge(graphdef, params).prefill(tokens))
+        self._run = alike(turn, donate_argnums=3)
+        self._prefill = alike(functools.partial(prefill, graphdef))
         self._resize = jax.jit(resize, static_argnums=1)
         self._compact = jax.jit(compact, static_argnums=1)
         self._join = jax.jit(functools.partial(_join, self.shards))
         self._empty = jax.jit(self._make_empty, static_argnums=(1, 2))
         self._weights = jax.jit(self._prepare)
-        self._draw = jax.jit(functools.partial(draw, options))
-        self._decode = alike(
-            lambda params, layers, tokens, positions, cache: nnx.merge(graphdef, params).decode(
-                tokens, positions, cache, layers
-            ),
-            donate_argnums=4,
-        )
 
     def place(self, params: Any) -> Any:
         """The parameters on the devices of the mesh, copied from device to device; themselves where
@@ -143,16 +130,15 @@ class Engine:
             return params
         return jax.device_put(params, parameter_shardings(self.mesh, params, gathered=("fsdp",)))
 
-    def _prepare(self, params: Any) -> tuple[Any, Any]:
-        """The parameters as sampling wants them, and those of each layer."""
+    def _prepare(self, params: Any) -> Weights:
         params = cast_weights(self._graphdef, params)
         if self.mesh is not None:
             shardings = parameter_shardings(self.mesh, params, gathered=("fsdp",))
             params = jax.lax.with_sharding_constraint(params, shardings)
-        return params, take_apart(params["blocks"], jax.tree.leaves(params["blocks"])[0].shape[0])
+        return Weights(*take_apart(params))
 
-    def _make_empty(self, params: Any, window: int, rows: int) -> Slots:
-        model = nnx.merge(self._graphdef, params)
+    def _make_empty(self, weights: Weights, window: int, rows: int) -> Slots:
+        model = nnx.merge(self._graphdef, weights.params)
         slots = empty_slots(model, self.options, window, rows, self.shards)
         if self.mesh is None:
             return slots
@@ -214,31 +200,33 @@ class Engine:
         `generate` does.
         """
         prompts = responses.prompts
-        self._check(params, prompts, math.ceil(len(responses.lengths) / len(prompts.lengths)))
+        samples = math.ceil(len(responses.lengths) / len(prompts.lengths))
+        self._check(params, prompts, samples, carried=bool(responses.lengths.any()))
         wanted = len(prompts.lengths) if needed is None else needed
         slots_each = self.options.slots // self.shards
         plan = make_plan(responses, wanted, self.shards, slots_each, room)
         longest = [int(pool.lengths.max()) for pool in plan.pools]
         windows = self._windows(prompts)
-        params, layers = self._weights(self.place(params))
-        slots = self._empty(params, _fitting(windows, max(longest, default=1)), plan.rows.size)
+        weights = self._weights(self.place(params))
+        slots = self._empty(weights, _fitting(windows, max(longest, default=1)), plan.rows.size)
         slots = dataclasses.replace(slots, owed=self._place(plan.needed))
         # On a mesh none stops by itself: others may have long ones to finish.
         steps = CHUNK if self.shards > 1 and wanted < len(prompts.lengths) else 0
         for number, pool in enumerate(plan.pools if plan.needed.any() else ()):
-            store = self._store(params, pool)
             queue = self._queue(pool, plan, more=pool is not plan.pools[-1])
             slots = dataclasses.replace(slots, taken=self._place(np.zeros(self.shards, np.int32)))
+            store = self._store(weights, pool)
             slots, over = self._drain(
-                params, layers, store, queue, slots, windows, max(longest[number:]), steps
+                weights, store, queue, slots, windows, max(longest[number:]), steps
             )
+            del store  # or it would be there while the next one is computed
             if over:
                 break
         written = self._fetch(slots)
         after = merge(responses, plan.rows.reshape(-1), written)
         return after, stats(written, after.lengths - responses.lengths, self.options.slots)
 
-    def _check(self, params: Any, prompts: Prompts, samples: int) -> None:
+    def _check(self, params: Any, prompts: Prompts, samples: int, *, carried: bool = False) -> None:
         """Raises UserError for what cannot be sampled, or not in the memory that is free."""
         arch = self._arch or nnx.merge(self._graphdef, jax.eval_shape(lambda x: x, params)).arch
         self._arch = arch
@@ -246,17 +234,23 @@ class Engine:
         tensor, devices = 1, None
         if self.mesh is not None:
             tensor, devices = self.mesh.shape["tensor"], self.mesh.local_devices
-        given = prompts.tokens.shape, samples
+        given = prompts.tokens.shape, samples, carried
         if given not in self._memory:
             self._memory[given] = checks.sampling_memory(
-                self.options, arch, params, *given, shards=self.shards, tensor=tensor
+                self.options,
+                arch,
+                params,
+                prompts.tokens.shape,
+                samples,
+                carried=carried,
+                shards=self.shards,
+                tensor=tensor,
             )
         checks.check_memory(self.options, self._memory[given], checks.free_memory(devices))
 
     def _drain(
         self,
-        params: Any,
-        layers: Any,
+        weights: Weights,
         store: Store,
         queue: Queue,
         slots: Slots,
@@ -282,7 +276,7 @@ class Engine:
             fewer = [n for n in sizes if n < slots.live.shape[0]]
             few = max(fewer, default=0)
             slots, status = self._run(
-                params, layers, store, queue, slots, narrow, jnp.asarray(few, jnp.int32), limit
+                weights, store, queue, slots, narrow, jnp.asarray(few, jnp.int32), limit
             )
             if status.owed == 0:
                 return slots, True
@@ -303,7 +297,7 @@ class Engine:
             coarse.append(coarse[-1] // 2)
         return [*_parts(coarse[-1], NARROWEST), *reversed(coarse)]
 
-    def _store(self, params: Any, pool: Pool) -> Store:
+    def _store(self, weights: Weights, pool: Pool) -> Store:
         """Prefill the sequences of a pool, a few at once, as wide as the longest of them needs."""
         size, longest = pool.tokens.shape[1:]
         width = doubled(longest, pools.NARROWEST_PROMPT)
@@ -311,7 +305,7 @@ class Engine:
         extra = (0, -size % rows)
         tokens = np.pad(pool.tokens, ((0, 0), extra, (0, width - longest)))
         parts = [
-            self._prefill(params, self._place(part.reshape(-1, width)))
+            self._prefill(weights, self._place(part.reshape(-1, width)))
             for part in np.split(tokens, tokens.shape[1] // rows, axis=1)
         ]
         cache = parts[0] if len(parts) == 1 else jax.tree.map(self._join, *parts)
@@ -338,40 +332,6 @@ class Engine:
         if self.mesh is not None:
             found = jax.jit(self._whole)(found)
         return Written(**jax.tree.map(np.asarray, found))
-
-    def stream(
-        self,
-        params: Any,
-        prompts: Prompts,
-        key: Array,
-        *,
-        step: int = 0,
-        round_: int = 0,
-        cache_length: int | None = None,
-    ) -> Iterator[int]:
-        """The tokens of one response as they are drawn: the same ones that `generate` gives.
-
-        Prompts of several widths share one compiled decoding where `cache_length` is the same; None
-        is what prompt and response may need. Raises UserError as `generate` does, at the first
-        token; on one device only.
-        """
-        self._check(params, prompts, samples=1)
-        keys = stream_keys(
-            key, jnp.asarray(step), jnp.asarray(round_), jnp.asarray(prompts.positions), 1
-        )
-        length = int(prompts.lengths[0])
-        params, layers = self._weights(params)
-        cache = self._prefill(params, jnp.asarray(prompts.tokens))
-        room = prompts.tokens.shape[1] + self.options.max_response_length
-        cache = resized(cache, max(room, cache_length or 0))
-        token = int(prompts.tokens[0, length - 1])
-        for count in range(self.options.max_response_length):
-            at = jnp.asarray([token]), jnp.asarray([length - 1 + count])
-            logits, cache = self._decode(params, layers, *at, cache)
-            token = int(self._draw(logits, keys, jnp.asarray([count]))[0][0])
-            yield token
-            if token in self.options.eos_ids:
-                return
 
 
 def _gathered(prompts: Prompts) -> Prompts:

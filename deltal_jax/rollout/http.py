@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array
 
 from deltal_jax.errors import UserError
-from deltal_jax.model.transformer import Architecture
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.rollout.checks import check_request
 from deltal_jax.rollout.client import AbortedError, Client, LostServerError
 from deltal_jax.rollout.dialects import DIALECTS, Answer, BadAnswerError, check_answer

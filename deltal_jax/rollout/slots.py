@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from deltal_jax.model.cache import Cache, resized, time_of, write_row
+from deltal_jax.model.transformer import Layers
 from deltal_jax.rollout.sampling import sample, uniforms
 
 
@@ -31,6 +32,15 @@ class SamplingOptions:
     min_p: float = 0.0
     #: Also keep log-probabilities under softmax(logits), whatever temperature and filters are.
     raw_logprobs: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The parameters as sampling reads them: see `transformer.take_apart`."""
+
+    params: Any
+    layers: Layers
 
 
 @jax.tree_util.register_dataclass
@@ -120,6 +130,11 @@ def empty_slots(
     )
 
 
+def prefill(graphdef: nnx.GraphDef, weights: Weights, tokens: Int[Array, "Q T"]) -> Cache:
+    """The cache of prompts, padded on the right."""
+    return nnx.merge(graphdef, weights.params).prefill(tokens, weights.layers)
+
+
 def window_of(slots: Slots) -> int:
     """Tokens that the cache of a slot has room for."""
     return time_of(slots.cache)
@@ -142,8 +157,7 @@ def compact(slots: Slots, size: int) -> Slots:
 def run(
     graphdef: nnx.GraphDef,
     options: SamplingOptions,
-    params: Any,
-    layers: Any,
+    weights: Weights,
     store: Store,
     queue: Queue,
     slots: Slots,
@@ -154,9 +168,8 @@ def run(
     """Decode until the host has something to do: a live slot has no room for its next token; all
     live ones would fit in `narrow` tokens; a slot is free, the queue is empty and more comes; no
     more comes and at most `few` slots are live; nothing is owed; or all is done. Where `steps` is
-    not 0 so many steps are the limit, and not what is owed. `layers` are the parameters of each
-    layer, or None to take them from the stack."""
-    model = nnx.merge(graphdef, params)
+    not 0 so many steps are the limit, and not what is owed."""
+    model = nnx.merge(graphdef, weights.params)
     window = window_of(slots)
     before = slots.counts.slot_steps[0] // slots.live.shape[0]
     turns = model.turns(window)
@@ -178,7 +191,9 @@ def run(
         return jnp.any(slots.live) & (full | ~(waiting(slots) | queue.more[0])) & fits(slots)
 
     def step(slots: Slots) -> Slots:
-        logits, cache = model.decode(slots.token, slots.position, slots.cache, layers, turns)
+        logits, cache = model.decode(
+            slots.token, slots.position, slots.cache, weights.layers, turns
+        )
         slots = dataclasses.replace(slots, cache=cache)
         return _record(options, queue, slots, logits, waiting(slots))
 

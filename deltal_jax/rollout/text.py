@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,13 @@ import numpy as np
 
 from deltal_jax.data.tokenizer import GENERATION_CONFIG, Tokenizer, read_tokenizer
 from deltal_jax.errors import UserError
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.families import architecture_of
 from deltal_jax.model.huggingface import CONTEXT, check_vocabulary, load_params, read_config
-from deltal_jax.model.transformer import Architecture, make_graphdef
-from deltal_jax.rollout.engine import Engine, SamplingOptions
+from deltal_jax.model.transformer import make_graphdef
 from deltal_jax.rollout.pools import doubled
+from deltal_jax.rollout.slots import SamplingOptions
+from deltal_jax.rollout.stream import Streamer
 from deltal_jax.types import Prompts
 
 #: Prompts are padded to a power of two, so that few widths are compiled; no narrower than this.
@@ -88,7 +89,7 @@ class Response:
             self.ids.append(token)
             if not self.ended:
                 yield token
-        # Of a response that was stopped the sampler still holds a cache and a copy of all layers.
+        # Of a response that was stopped the sampler still holds a cache.
         self._tokens = iter(())
 
     @property
@@ -139,16 +140,14 @@ class Writer:
         self._max_tokens = min(max_tokens, checkpoint.context or max_tokens)
         self._key = jax.random.key(seed, impl="threefry2x32")
         architecture = checkpoint.architecture
-        self._params: Any = load_params(
-            checkpoint.folder, architecture, dtype=jnp.dtype(dtype).type
-        )
+        params = load_params(checkpoint.folder, architecture, dtype=jnp.dtype(dtype).type)
         options = SamplingOptions(
             slots=1,
             max_response_length=self._max_tokens,
             eos_ids=checkpoint.tokenizer.eos_ids,
             temperature=checkpoint.temperature if temperature is None else temperature,
         )
-        self._engine = Engine(make_graphdef(architecture), options)
+        self._streamer = Streamer(make_graphdef(architecture), options, params)
 
     def respond(self, ids: Sequence[int], turn: int = 0) -> Response:
         """The response to a prompt; another `turn` draws from other random numbers.
@@ -163,8 +162,7 @@ class Writer:
             lengths=np.asarray([len(ids)], np.int32),
             positions=np.zeros(1, np.int32),
         )
-        tokens = self._engine.stream(
-            self._params,
+        tokens = self._streamer.stream(
             prompts,
             self._key,
             step=turn,

@@ -51,7 +51,7 @@ def bucket_layout(
     a width, and a number of rows (a full micro-batch, or a fraction in ROW_FRACTIONS), which is a
     multiple of `row_multiple`, the devices that they are split over. The work of a micro-batch is
     rows · width · (1 + attention · width), and MICROBATCH_OVERHEAD of the budget; `attention` is
-    what each column of a row adds to a token's work (`model.transformer.attention_work`). The sum
+    what each column of a row adds to a token's work (`model.architecture.attention_work`). The sum
     is the least of all ways to put the rows into such shapes.
 
     `pack` puts several responses into a row, longest first, each into the fullest row that still

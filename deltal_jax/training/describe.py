@@ -3,8 +3,9 @@
 import jax
 
 from deltal_jax.config import Advantage, Aggregation, Config, Correction
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.lora import overlay, trained
-from deltal_jax.model.transformer import Architecture, abstract_params, parameter_count
+from deltal_jax.model.transformer import abstract_params, parameter_count
 from deltal_jax.objective.logprobs import chunk_size
 from deltal_jax.rollout.checks import sampling_memory
 from deltal_jax.rollout.slots import SamplingOptions
@@ -271,6 +272,7 @@ def _sampling_memory(config: Config, arch: Architecture) -> dict[str, int]:
         overlay(held, own),
         (rl.prompts_per_step, rollout.max_prompt_length),
         rl.samples_per_prompt,
+        carried=rollout.partial,
     )
 
 

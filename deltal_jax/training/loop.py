@@ -15,8 +15,8 @@ from deltal_jax.analysis.report import write_report
 from deltal_jax.backend import enable_compile_cache
 from deltal_jax.errors import UserError
 from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics
+from deltal_jax.model.architecture import attention_work
 from deltal_jax.model.lora import overlay
-from deltal_jax.model.transformer import attention_work
 from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.tasks.grading import Reward, RewardFunction, as_rewards

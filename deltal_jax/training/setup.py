@@ -16,13 +16,13 @@ from deltal_jax.data.prompts import encode_prompts
 from deltal_jax.data.tokenizer import Tokenizer, read_tokenizer, train_word_tokenizer
 from deltal_jax.errors import UserError
 from deltal_jax.model import huggingface
+from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.families import architecture_of
 from deltal_jax.model.hub import find_checkpoint, pinned
 from deltal_jax.model.kernels import OWN, PACKS, Kernel, check_kernel, default_attention
 from deltal_jax.model.lora import LoRA, merge_adapters, overlay, trained
 from deltal_jax.model.tensor_files import fingerprint, read_object
 from deltal_jax.model.transformer import (
-    Architecture,
     abstract_params,
     init_model,
     make_graphdef,
@@ -33,6 +33,7 @@ from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.rollout.engine import Engine
 from deltal_jax.rollout.http import HttpEngine
 from deltal_jax.rollout.slots import SamplingOptions
+from deltal_jax.rollout.stream import Streamer
 from deltal_jax.tasks.base import Problem, Task
 from deltal_jax.tasks.countdown import CountDown
 from deltal_jax.training.objective import make_loss
@@ -299,6 +300,11 @@ def make_sampling_mesh(config: Config) -> Mesh | None:
 def make_local_engine(setup: Setup, *, temperature: float) -> Engine:
     """A sampler in this process whatever the config says: a server may be in use by a run."""
     return Engine(setup.graphdef, _sampling_options(setup, temperature, training=False))
+
+
+def make_streamer(setup: Setup, params: Any, *, temperature: float) -> Streamer:
+    """The same for one response at a time, by these parameters."""
+    return Streamer(setup.graphdef, _sampling_options(setup, temperature, training=False), params)
 
 
 def _sampling_options(setup: Setup, temperature: float, training: bool) -> SamplingOptions:
