@@ -332,4 +332,9 @@ def test_sampling_ahead_on_the_same_devices_takes_a_copy_of_the_parameters():
 
     plain = memory()
     assert memory(ahead=1)["total"] == plain["total"] + plain["parameters"]
-    assert memory(ahead=1, devices=2) == plain
+    apart = memory(ahead=1, devices=2)
+    assert apart["sampling_copy"] == 0
+    assert (2 * apart["kv_cache"], 2 * apart["responses"]) == (
+        plain["kv_cache"],
+        plain["responses"],
+    )

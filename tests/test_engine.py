@@ -309,6 +309,13 @@ REFUSALS = {
         {"lengths": [2, 9, 3]},
         "rollout.max_prompt_length: 6, but a prompt takes 9",
     ),
+    "unknown id": (
+        {},
+        {"tokens": np.full((3, 6), 23, np.int32)},
+        "prompts: 23 is no id of a vocabulary of 23",
+    ),
+    "lengths of others": ({}, {"lengths": [2, 3]}, "prompts: 3 of them have 2 lengths"),
+    "endless temperature": ({"temperature": np.inf}, {}, "rollout.temperature: inf is out"),
     "no prompt": (
         {},
         {"tokens": np.zeros((0, 6), np.int32), "lengths": []},

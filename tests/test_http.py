@@ -191,8 +191,10 @@ def test_a_whole_run_trains_on_what_the_server_samples(tmp_path, capsys):
     with serving(server) as url:
         result = train("countdown-tiny", SMALL | options | {"rollout.server.url": url}, quiet=True)
     assert (result.status, result.step) == ("done", 2)
-    # After the warm-up, and after each of two updates; training and its evaluations share them.
-    assert server.count(RELOAD) == 3
+    # After the warm-up, and after each of two updates; training and its evaluations share them,
+    # and each of these five says so.
+    assert len({str(body) for path, body in server.requests if path == RELOAD}) == 3
+    assert server.count(RELOAD) == 3 + 2
     assert server.count(SAMPLING) == 3 * 6 + 2 * 8
     lines = [line for line in load_metrics(folder / "metrics.jsonl") if line["phase"] == "rl"]
     assert len(lines) == 2
@@ -233,7 +235,7 @@ def test_adapters_reach_the_server_merged(tmp_path):
     with serving(server) as url:
         overrides = SHAPELESS | overrides | {"rollout.server.url": url}
         train("countdown-tiny", overrides, rewards=[by_length], quiet=True)
-    assert server.count(RELOAD) == 3
+    assert len({str(body) for path, body in server.requests if path == RELOAD}) == 3
     lines = [x for x in load_metrics(folder / "metrics.jsonl") if x["phase"] == "rl"]
     assert max(line["mismatch/logprob_diff_max"] for line in lines) < 1e-5
     before, after = (

@@ -155,6 +155,13 @@ def test_a_dry_run_prints_config_formula_arithmetic_and_memory_and_writes_nothin
     assert "\n\nrollouts: one step ahead of the update\n\n" in out
 
 
+def test_more_slots_than_fit_are_refused_before_the_warm_up(deltal, tmp_path):
+    code, out, err = deltal("train", TINY, "rollout.slots=100000000")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert err.startswith("deltal: rollout.slots: sampling with 100000000 takes ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_dry_run_as_json_is_one_object_that_agrees_with_the_config(deltal, tmp_path):
     overrides = ["rl.updates_per_rollout=4", "rl.epochs_per_rollout=2", "objective.scope=group"]
     code, out, err = deltal("train", TINY, *overrides, "--dry-run", "--json")

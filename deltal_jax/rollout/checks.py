@@ -36,17 +36,25 @@ def check_request(
         ("top_p", options.top_p, 1.0),
         ("min_p", options.min_p, 1.0),
     ):
-        if not 0.0 <= value <= high or (name == "top_p" and value == 0.0):
+        finite = 0.0 <= value <= high and value < np.inf
+        if not finite or (name == "top_p" and value == 0.0):
             raise UserError(f"rollout.{name}: {value} is out of its range")
     unknown = [i for i in options.eos_ids if not 0 <= i < arch.vocab]
     if unknown:
         raise UserError(f"eos_ids: {unknown[0]} is no id of a vocabulary of {arch.vocab}")
-    lengths, width = np.asarray(prompts.lengths), prompts.tokens.shape[1]
+    lengths, tokens = np.asarray(prompts.lengths), np.asarray(prompts.tokens)
+    width = tokens.shape[1]
+    if len(lengths) != len(tokens):
+        raise UserError(f"prompts: {len(tokens)} of them have {len(lengths)} lengths")
     if len(lengths) == 0 or lengths.min() < 1:
         which = "there is none" if len(lengths) == 0 else f"number {int(lengths.argmin())} is empty"
         raise UserError(f"prompts: {which}; a response needs a token to begin from")
     if lengths.max() > width:
         raise UserError(f"rollout.max_prompt_length: {width}, but a prompt takes {lengths.max()}")
+    real = tokens[np.arange(width) < lengths[:, None]]
+    if real.min() < 0 or real.max() >= arch.vocab:
+        wrong = real[(real < 0) | (real >= arch.vocab)][0]
+        raise UserError(f"prompts: {wrong} is no id of a vocabulary of {arch.vocab}")
 
 
 def sampling_memory(
@@ -92,18 +100,18 @@ def sampling_memory(
     }
 
 
-def check_memory(options: SamplingOptions, memory: dict[str, int], free: int | None) -> None:
-    """Raises UserError where sampling takes more than the bytes that a device has free (None:
-    unknown)."""
+def check_memory(slots: int, memory: dict[str, int], free: int | None) -> None:
+    """Raises UserError where sampling with so many slots takes more than the bytes that a device
+    has free (None: unknown)."""
     if free is None or sum(memory.values()) <= free:
         return
-    one = memory["kv_cache"] / options.slots
+    one = memory["kv_cache"] / slots
     others = sum(memory.values()) - memory["kv_cache"]
     fit = max(int((free - others) / one), 0)
     parts = ", ".join(f"{k.replace('_', ' ')} {v / 2**30:.2f}" for k, v in memory.items())
     total = sum(memory.values()) / 2**30
     raise UserError(
-        f"rollout.slots: sampling with {options.slots} takes {total:.2f} GiB on each device "
+        f"rollout.slots: sampling with {slots} takes {total:.2f} GiB on each device "
         f"({parts}), and {free / 2**30:.2f} GiB are free; {fit} slots would fit"
     )
 

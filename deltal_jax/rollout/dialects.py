@@ -129,7 +129,7 @@ class VLLM:
 
     def best(self, found: Any) -> float:
         first = _at(found, "choices", 0, "logprobs", "top_logprobs", 0)
-        return max(first.values()) if isinstance(first, dict) and first else math.nan
+        return _largest(first.values() if isinstance(first, dict) else ())
 
     def update(self, folder: Path, version: str) -> tuple[str, dict[str, Any]]:
         weights = {"weights_path": str(folder)}
@@ -190,11 +190,16 @@ class SGLang:
 
     def best(self, found: Any) -> float:
         pairs = _list(_at(found, "meta_info"), "output_top_logprobs", 0)
-        return max((pair[0] for pair in pairs), default=math.nan)
+        return _largest(pair[0] for pair in pairs if isinstance(pair, list) and pair)
 
     def update(self, folder: Path, version: str) -> tuple[str, dict[str, Any]]:
         body = {"model_path": str(folder), "weight_version": version, "abort_all_requests": True}
         return "/update_weights_from_disk", body
+
+
+def _largest(values: Iterable[Any]) -> float:
+    """Of those that are numbers; NaN where none is."""
+    return max((x for x in values if isinstance(x, int | float)), default=math.nan)
 
 
 def _distribution(options: SamplingOptions) -> dict[str, Any]:

@@ -246,7 +246,7 @@ class Engine:
                 shards=self.shards,
                 tensor=tensor,
             )
-        checks.check_memory(self.options, self._memory[given], checks.free_memory(devices))
+        checks.check_memory(self.options.slots, self._memory[given], checks.free_memory(devices))
 
     def _drain(
         self,

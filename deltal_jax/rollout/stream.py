@@ -81,4 +81,4 @@ class Streamer:
     def _check_memory(self, params: Any, prompts: tuple[int, int]) -> None:
         """Of weights that are held already, nothing more is counted."""
         memory = checks.sampling_memory(self._options, self._arch, params, prompts, samples=1)
-        checks.check_memory(self._options, memory, checks.free_memory())
+        checks.check_memory(self._options.slots, memory, checks.free_memory())

@@ -1,5 +1,7 @@
 """A config in words and numbers, before anything runs: formula, batch arithmetic, memory."""
 
+import math
+
 import jax
 
 from deltal_jax.config import Advantage, Aggregation, Config, Correction
@@ -195,7 +197,7 @@ def describe_model(config: Config, arch: Architecture) -> str:
     said = f"{said}; {kinds}, computed in {model.compute_dtype}, moments in {moments}\n"
     if config.rollout.engine == "http":
         return f"{said}sampling: by {config.rollout.server.url}"
-    memory = _sampling_memory(config, arch)
+    memory = sampling_parts(config, arch)
     rollout = config.rollout
     time = rollout.max_prompt_length + rollout.max_response_length
     return (
@@ -253,11 +255,12 @@ def memory_estimate(config: Config, arch: Architecture) -> dict[str, int]:
         "sampling_copy": copied * (own * stored + frozen * narrow),
     }
     if config.rollout.engine == "jax":
-        parts |= _sampling_memory(config, arch)
+        parts |= sampling_parts(config, arch)
     return parts | {"total": sum(parts.values())}
 
 
-def _sampling_memory(config: Config, arch: Architecture) -> dict[str, int]:
+def sampling_parts(config: Config, arch: Architecture) -> dict[str, int]:
+    """What sampling takes on a device by `rollout.checks.sampling_memory`, in bytes."""
     rollout, rl = config.rollout, config.rl
     options = SamplingOptions(rollout.slots, rollout.max_response_length, eos_ids=())
     every = abstract_params(arch)
@@ -270,9 +273,10 @@ def _sampling_memory(config: Config, arch: Architecture) -> dict[str, int]:
         options,
         arch,
         overlay(held, own),
-        (rl.prompts_per_step, rollout.max_prompt_length),
+        (math.ceil(rl.prompts_per_step * rollout.oversampling), rollout.max_prompt_length),
         rl.samples_per_prompt,
         carried=rollout.partial,
+        shards=rollout.devices or 1,
     )
 
 

@@ -30,12 +30,14 @@ from deltal_jax.model.transformer import (
 )
 from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.rollout.base import RolloutEngine
+from deltal_jax.rollout.checks import check_memory, free_memory
 from deltal_jax.rollout.engine import Engine
 from deltal_jax.rollout.http import HttpEngine
 from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.rollout.stream import Streamer
 from deltal_jax.tasks.base import Problem, Task
 from deltal_jax.tasks.countdown import CountDown
+from deltal_jax.training.describe import sampling_parts
 from deltal_jax.training.objective import make_loss
 from deltal_jax.training.optimizer import make_optimizer
 from deltal_jax.training.step import SUPERVISED, Update
@@ -129,6 +131,10 @@ def check_setup(setup: Setup, *, weights: bool = True) -> None:
             f"rollout.max_response_length: with the prompt up to {longest} tokens, and the model "
             f"was made for {context} ({huggingface.CONTEXT})"
         )
+    if rollout.engine == "jax":  # before a warm-up, not after it
+        parts = sampling_parts(config, setup.architecture)
+        devices = None if rollout.devices is None else jax.devices()[-rollout.devices :]
+        check_memory(rollout.slots, parts, free_memory(devices))
     problems = [*setup.task.held_out(config.evaluate.problems), setup.task.problem(config.seed, 0)]
     encode_problems(setup, problems)
 
