@@ -125,7 +125,7 @@ def test_two_processes_sample_what_one_does():
     want, _ = sampled(5)
     four, _ = sampled(4)
     target = "tests.test_engine_on_meshes:sample_together"
-    results = run_processes(target, count=2, devices_each=2, sizes=[2, 1, 2])
+    results = run_processes(target, count=2, devices_each=2, timeout=300.0, sizes=[2, 1, 2])
     for process, found in enumerate(results):
         np.testing.assert_array_equal(found["own_tokens"], four.tokens[6 * process :][:6])
         np.testing.assert_array_equal(found["own_groups"], [0, 0, 0, 1, 1, 1])

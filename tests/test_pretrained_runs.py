@@ -20,7 +20,7 @@ from deltal_jax.data.prompts import prompt_ids
 from deltal_jax.errors import UserError
 from deltal_jax.model.huggingface import load_architecture, load_params
 from deltal_jax.model.lora import trained
-from deltal_jax.rollout.engine import Engine
+from deltal_jax.rollout.stream import Streamer
 from deltal_jax.training.collect import RolloutStream, response_texts
 from deltal_jax.training.loop import update_policy
 from deltal_jax.training.setup import (
@@ -323,7 +323,7 @@ def test_a_run_is_asked_one_problem(adapted, capsys):
 
 
 def test_ctrl_c_ends_the_question_between_two_tokens(adapted, monkeypatch, capsys):
-    stream, drawn = Engine.stream, []
+    stream, drawn = Streamer.stream, []
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def broken(*arguments, **options):
@@ -333,7 +333,7 @@ def test_ctrl_c_ends_the_question_between_two_tokens(adapted, monkeypatch, capsy
             drawn.append(token)
             yield token
 
-    monkeypatch.setattr(Engine, "stream", broken)
+    monkeypatch.setattr(Streamer, "stream", broken)
     try:
         assert main(["sample", str(adapted), "2 3 -> 5"]) == 130
     finally:
