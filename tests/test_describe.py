@@ -19,7 +19,7 @@ from deltal_jax.config import (
     load_config,
 )
 from deltal_jax.model.lora import overlay, trained
-from deltal_jax.model.transformer import cast_weights, init_model, make_graphdef, split_model
+from deltal_jax.model.transformer import cast_weights, init_model, split_model
 from deltal_jax.training.describe import (
     batch_arithmetic,
     describe_sampling,
@@ -295,7 +295,7 @@ def test_the_memory_of_weights_is_that_of_what_a_run_holds(stored, computed, ran
     own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored), trained(params))
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
     params = overlay(base, own)
-    cast = jax.eval_shape(functools.partial(cast_weights, make_graphdef(arch)), params)
+    cast = jax.eval_shape(functools.partial(cast_weights, dtype=computed), params)
     held, copied = jax.tree.map(lambda x: x.size * x.dtype.itemsize, (params, cast))
     estimate = memory_estimate(config, arch)
     assert estimate["parameters"] == sum(jax.tree.leaves(held))

@@ -322,10 +322,9 @@ def split_model(model: Transformer) -> tuple[nnx.GraphDef, Any]:
     return graphdef, nnx.to_pure_dict(state)
 
 
-def cast_weights(graphdef: nnx.GraphDef, params: Any) -> Any:
+def cast_weights(params: Any, dtype: str | None) -> Any:
     """Parameters for sampling: all that the model would cast each time that it uses them, cast
     once. Scales of norms, which it does not, stay as they are."""
-    dtype = nnx.merge(graphdef, params).arch.compute_dtype
 
     def cast(path: Any, x: Array) -> Array:
         return x if dtype is None or path[-1].key == "scale" else x.astype(dtype)

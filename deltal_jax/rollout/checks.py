@@ -13,8 +13,8 @@ import numpy as np
 from deltal_jax.errors import UserError
 from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.cache import cache_bytes
-from deltal_jax.model.transformer import cast_weights, make_graphdef, take_apart
-from deltal_jax.rollout.pools import NARROWEST_PROMPT, POOL_PAIRS, doubled
+from deltal_jax.model.transformer import cast_weights, take_apart
+from deltal_jax.rollout.pools import NARROWEST_PROMPT, doubled, pool_prompts
 from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.types import Prompts
 
@@ -76,17 +76,17 @@ def sampling_memory(
     time, slots = width + options.max_response_length, options.slots // shards
     heads = arch.kv_heads // tensor if arch.kv_heads % tensor == 0 else arch.kv_heads
     abstract = jax.eval_shape(lambda x: x, params)
-    graphdef = make_graphdef(arch)
-    rest, layers = jax.eval_shape(lambda x: take_apart(cast_weights(graphdef, x)), abstract)
+    dtype = arch.compute_dtype
+    rest, layers = jax.eval_shape(lambda x: take_apart(cast_weights(x, dtype)), abstract)
     before, after = jax.tree.leaves(abstract), jax.tree.leaves(rest)
     copies = sum(_bytes(b) for a, b in zip(before, after, strict=True) if a.dtype != b.dtype)
     apart = sum(_bytes(x) for x in jax.tree.leaves(layers))
-    itemsize = jnp.dtype(arch.compute_dtype or before[0].dtype).itemsize
+    itemsize = jnp.dtype(dtype or before[0].dtype).itemsize
     cache = functools.partial(
         cache_bytes, arch.layers, kv_heads=heads, head_dim=arch.head_dim, itemsize=itemsize
     )
     each = math.ceil(count / shards)
-    pool = min(each, math.ceil(POOL_PAIRS * slots / samples))
+    pool = pool_prompts(each, slots, samples)
     prompt_cache = cache(slots=pool, time=doubled(width, NARROWEST_PROMPT))
     if carried:  # prefilled with what they have
         again = cache(slots=doubled(slots, 1), time=doubled(time, NARROWEST_PROMPT))

@@ -71,7 +71,7 @@ PREFILL_TOKENS = 8192
 class Engine:
     """Samples responses, on one device or on a mesh.
 
-    On a mesh the prompts are split over the devices that split rows of tokens, each with its own
+    On a mesh the prompts are dealt out to the devices that split rows of tokens, each with its own
     slots and queue, so that none waits for another inside a compiled program; heads are split over
     "tensor". Parameters may lie as training keeps them: they are gathered over "fsdp" once a call,
     and where they are on other devices than the mesh's copied from device to device.
@@ -121,6 +121,7 @@ class Engine:
         self._join = jax.jit(functools.partial(_join, self.shards))
         self._empty = jax.jit(self._make_empty, static_argnums=(1, 2))
         self._weights = jax.jit(self._prepare)
+        self._replicate = jax.jit(self._whole)
 
     def place(self, params: Any) -> Any:
         """The parameters on the devices of the mesh, copied from device to device; themselves where
@@ -131,7 +132,8 @@ class Engine:
         return jax.device_put(params, parameter_shardings(self.mesh, params, gathered=("fsdp",)))
 
     def _prepare(self, params: Any) -> Weights:
-        params = cast_weights(self._graphdef, params)
+        dtype = nnx.merge(self._graphdef, params).arch.compute_dtype
+        params = cast_weights(params, dtype)
         if self.mesh is not None:
             shardings = parameter_shardings(self.mesh, params, gathered=("fsdp",))
             params = jax.lax.with_sharding_constraint(params, shardings)
@@ -330,7 +332,7 @@ class Engine:
         names = [field.name for field in dataclasses.fields(Written)]
         found = {name: getattr(slots, name) for name in names}
         if self.mesh is not None:
-            found = jax.jit(self._whole)(found)
+            found = self._replicate(found)
         return Written(**jax.tree.map(np.asarray, found))
 
 

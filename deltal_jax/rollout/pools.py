@@ -61,22 +61,21 @@ def make_plan(responses: Responses, needed: int, devices: int, slots: int, room:
         rows[device, : len(own)] = own
     must = [int(np.sum(responses.group_ids[own] < needed)) for own in owned]
     begun = responses.lengths > 0
-    carried = [np.split(own[begun[own]], np.arange(1, begun[own].sum())) for own in owned]
+    carried = [list(own[begun[own], None]) for own in owned]
     fresh = [_grouped(own[~begun[own]], responses.group_ids) for own in owned]
     most = max(1, int(POOL_PAIRS * slots))
     some = doubled(max(len(sequences) for sequences in carried), 1)
     pools = [
         *_pools(responses, rows, carried, min(some, most), 1),
-        *_pools(
-            responses, rows, fresh, min(each, math.ceil(POOL_PAIRS * slots / samples)), samples
-        ),
+        *_pools(responses, rows, fresh, pool_prompts(each, slots, samples), samples),
     ]
     return Plan(rows, np.asarray(must, np.int32), pools)
 
 
 def _grouped(own: np.ndarray, group_ids: np.ndarray) -> list[np.ndarray]:
     """Rows apart by group."""
-    return np.split(own, np.flatnonzero(np.diff(group_ids[own])) + 1)
+    parts = np.split(own, np.flatnonzero(np.diff(group_ids[own])) + 1)
+    return [part for part in parts if len(part)]  # of no rows, split makes one part
 
 
 def _pools(
@@ -91,8 +90,7 @@ def _pools(
     longest = max(len(own) for own in sequences)
     for first in range(0, longest, size):
         parts = [own[first : first + size] for own in sequences]
-        if any(len(part) for own in parts for part in own):
-            yield _pool(responses, rows, parts, size, samples)
+        yield _pool(responses, rows, parts, size, samples)
 
 
 def _pool(
@@ -109,8 +107,6 @@ def _pool(
     counts = np.zeros(D, np.int32)
     for device, own in enumerate(parts):
         for number, continuing in enumerate(own):
-            if not len(continuing):
-                continue
             row = continuing[0]
             prompt = responses.group_ids[row]
             length, begun = int(prompts.lengths[prompt]), int(responses.lengths[row])
@@ -132,6 +128,11 @@ def _pool(
         keys=responses.keys[chosen],
         counts=counts,
     )
+
+
+def pool_prompts(prompts: int, slots: int, samples: int) -> int:
+    """How many of a device's prompts are prefilled together, for so many samples each."""
+    return min(prompts, math.ceil(POOL_PAIRS * slots / samples))
 
 
 def doubled(least: int, first: int) -> int:

@@ -31,7 +31,8 @@ class Streamer:
         self._options = dataclasses.replace(options, slots=1)
         self._arch = nnx.merge(graphdef, jax.eval_shape(lambda x: x, params)).arch
         self._check_memory(params, prompts=(1, 1))
-        self._weights = jax.jit(lambda x: Weights(*take_apart(cast_weights(graphdef, x))))(params)
+        dtype = self._arch.compute_dtype
+        self._weights = jax.jit(lambda x: Weights(*take_apart(cast_weights(x, dtype))))(params)
 
         def decode(
             weights: Weights, tokens: Int[Array, " 1"], positions: Int[Array, " 1"], cache: Cache

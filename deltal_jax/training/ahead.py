@@ -1,5 +1,6 @@
 """Overlap: the next rollout batch is sampled while the update on this one runs."""
 
+import dataclasses
 import threading
 import time
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ class Ahead:
         self._began, self._waited, self._pending = now, 0.0, None
         if step + 1 < self._steps:
             self._submit(params, step + 1, staleness=self._updates)
-        return Collected(batch.positions, batch.rollout, batch.rewards, batch.metrics | idle)
+        return dataclasses.replace(batch, metrics=batch.metrics | idle)
 
     def saved(self) -> dict[str, Any]:
         """Arrays that a checkpoint needs beside `next_prompt`: the batch that comes next, and what
@@ -108,7 +109,6 @@ class Ahead:
         placed = self._stream.engine.place(params)
         if placed is params:
             placed = jax.tree.map(jnp.copy, params)
-
         self._pending = pending = Future[Collected]()
 
         def sample() -> None:
@@ -138,6 +138,8 @@ class Ahead:
             return None
         started = time.perf_counter()
         try:
+            if self._thread is not None:
+                self._thread.join()  # its result is there a moment before it ends
             return self._pending.result()
         finally:
             self._waited += time.perf_counter() - started
