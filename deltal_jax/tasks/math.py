@@ -76,6 +76,13 @@ class Math:
         if not self._train:
             raise UserError("task.math.train: all its problems are those of task.math.eval")
 
+    @property
+    def summary(self) -> str:
+        """How many problems there are, and what of the training file was dropped."""
+        said = f"task: {len(self._train):,} problems to train on, {len(self._held_out):,} held out"
+        reasons = [f"{count:,} {reason}" for reason, count in self.dropped.counts.most_common()]
+        return f"{said}; dropped: {', '.join(reasons)}" if reasons else said
+
     def vocabulary(self) -> list[str]:
         words: set[str] = set()
         for example in [*self._train, *self._held_out]:
