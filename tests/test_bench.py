@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltal_jax.bench import loading, model, workload
+from deltal_jax.bench import grading, loading, model, workload
 from deltal_jax.bench import rollout as bench_rollout
 from deltal_jax.bench.measure import Timing, in_turn, ratio
 from deltal_jax.bench.peer import Peer
@@ -21,6 +21,7 @@ from deltal_jax.errors import UserError
 from deltal_jax.model.attention import attend_rows
 from deltal_jax.model.huggingface import load_architecture, load_params
 from deltal_jax.model.transformer import abstract_params
+from deltal_jax.tasks.math_rules import judge
 from tests import fakes
 
 SHARED = Path(__file__).parents[2] / "shared" / "bench"
@@ -248,3 +249,25 @@ def test_the_slice_of_a_model_is_measured_against_the_product():
         )
     for name in ("forward", "forward, backward", "attention", "attention, plain"):
         assert 0 < figures[name]["share_of_peak"] < figures[name]["share_with_masked"]
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_the_load_of_grading_has_right_and_wrong_answers_of_every_kind(groups):
+    pairs = grading.load(3, groups)
+    assert pairs == grading.load(3, groups) != grading.load(4, groups)
+    assert len(pairs) == grading.PROBLEMS * grading.SAMPLES
+    golds = [gold for _, gold in pairs]
+    runs = grading.SAMPLES if groups else 1
+    assert all(golds[i : i + runs] == golds[i : i + 1] * runs for i in range(0, len(golds), runs))
+    found = {(judge("reference", said, gold)[0], gold.isdigit()) for said, gold in pairs}
+    assert found == {
+        (verdict, whole) for verdict in ("correct", "wrong") for whole in (True, False)
+    }
+
+
+def test_the_figures_of_grading_are_those_of_both_verifiers(monkeypatch):
+    monkeypatch.setattr(grading, "PROBLEMS", 2)
+    figures = grading.benchmark_grading(3)
+    for verifier in ("reference", "math_verify"):
+        assert figures[verifier].pop("missing") == 0
+        assert all(rate > 0 for rate in figures[verifier].values())

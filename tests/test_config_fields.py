@@ -38,7 +38,7 @@ def leaves() -> list[tuple[str, dataclasses.Field, type]]:
         ("alpha", "; did you mean lora.alpha or objective.alpha?"),
         ("rl.temperature", "; did you mean rollout.temperature or evaluate.temperature?"),
         ("rl.learning_rate", "did you mean sft.optimizer.learning_rate or rl.optimizer."),
-        ("task.zzz", "; the fields here are name, numbers, max_number, max_value"),
+        ("task.zzz", "; the fields here are name, numbers, max_number, max_value, math"),
     ],
 )
 def test_an_unknown_field_is_refused_with_the_nearest_one(key, suggestion):
@@ -103,7 +103,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_type_and_the_value(key, v
             "did you mean 'clipped'?",
         ),
         ("rl.optimizer.schedule", ["x"], "['x'] is not one of constant, cosine"),
-        ("task.name", None, "None is not one of countdown"),
+        ("task.name", None, "None is not one of countdown, math"),
     ],
 )
 def test_a_choice_that_does_not_exist_is_refused_with_the_choices(key, value, expected):

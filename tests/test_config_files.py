@@ -256,6 +256,7 @@ def values(hint: type, field: dataclasses.Field) -> st.SearchStrategy:
         float: st.floats(low, high, allow_nan=False, allow_infinity=False),
         str: st.text(max_size=30),
         tuple[int, ...]: st.lists(st.integers(1, 10**6), min_size=1, max_size=4).map(tuple),
+        tuple[str, ...]: st.lists(st.text(max_size=30), min_size=1, max_size=4).map(tuple),
         tuple[float, ...]: st.lists(st.floats(-1, 1), min_size=1, max_size=4).map(tuple),
     }[hint]
 

@@ -222,3 +222,18 @@ def test_ways_of_sampling_go_together():
     together = PARTIAL | {"rollout.ahead": 1, "rollout.devices": 2}
     load_config(TINY, together | {"rollout.dynamic_sampling": "accuracy"})
     load_config(TINY, {"rollout.dynamic_sampling": "reward", "rollout.oversampling": 3})
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_mathematics_needs_files(name):
+    files = {"train": "a.jsonl", "eval": ["b.jsonl"]}
+    overrides = {f"task.math.{key}": value for key, value in files.items() if key != name}
+    said = config_refusal({"task.name": "math"} | overrides)
+    assert said.startswith(f"task.math.{name}: ")
+    given = {f"task.math.{key}": value for key, value in files.items()}
+    assert load_config(TINY, {"task.name": "math"} | given).task.math.eval == ("b.jsonl",)
+
+
+def test_fields_of_mathematics_are_refused_for_another_task():
+    said = config_refusal({"task.math.verifier": "reference"})
+    assert said == "task.math.verifier: set task.name=math, or leave it out"

@@ -11,11 +11,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument(
         "subject",
-        choices=("objective", "update", "rollout", "model", "loading"),
+        choices=("objective", "update", "rollout", "model", "loading", "grading"),
         help="objective: weights and aggregation; update: one policy update of a fixed load; "
         "rollout: sampling of a fixed load; "
         "model: forward and backward against a matrix product; loading: a checkpoint of 2 GB "
-        "against a plain read",
+        "against a plain read; grading: verdicts on mathematical answers",
     )
     parser.add_argument(
         "--peer",
@@ -55,6 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
         from deltal_jax.bench.rollout import benchmark_rollout
 
         figures = benchmark_rollout(arguments.rounds, peers)
+    elif arguments.subject == "grading":
+        from deltal_jax.bench.grading import benchmark_grading
+
+        figures = benchmark_grading(arguments.rounds)
     elif arguments.subject == "loading":
         from deltal_jax.bench.loading import benchmark_loading
 

@@ -5,7 +5,7 @@ import os
 import sys
 
 from deltal_jax import __version__
-from deltal_jax.cli import bench, configs, evaluate, export, sample, train, weights
+from deltal_jax.cli import bench, configs, evaluate, export, prepare, sample, train, weights
 from deltal_jax.errors import UserError
 
 COMMANDS = {
@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "sample": sample,
     "export": export,
+    "prepare": prepare,
     "weights": weights,
     "bench": bench,
     "configs": configs,

@@ -72,6 +72,7 @@ def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
         batch_arithmetic,
         describe_model,
         describe_sampling,
+        describe_task,
         formula,
         memory_estimate,
     )
@@ -90,6 +91,8 @@ def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
         return 0
     print(dump_config(config))
     print(f"{describe_model(config, setup.architecture)}\n")
+    if found := describe_task(setup.task):
+        print(found, end="\n\n")
     print(formula(config), end="\n\n")
     if sampling := describe_sampling(config):
         print(sampling, end="\n\n")

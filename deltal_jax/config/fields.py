@@ -58,7 +58,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return None if value is None else _convert(inner, value, path)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or not value:
-            example = {int: "[32, 64]", float: "[0.2, 0.1]"}.get(args[0], "[q_proj, v_proj]")
+            examples = {int: "[32, 64]", float: "[0.2, 0.1]", str: "[one.jsonl, two.jsonl]"}
+            example = examples.get(args[0], "[q_proj, v_proj]")
             raise UserError(f"{path}: expected a list such as {example}, got {value!r}")
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

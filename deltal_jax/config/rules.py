@@ -5,10 +5,12 @@ from urllib.parse import urlsplit
 
 from deltal_jax.config.schema import (
     Config,
+    MathConfig,
     ModelConfig,
     ObjectiveConfig,
     RolloutConfig,
     ServerConfig,
+    TaskConfig,
 )
 from deltal_jax.errors import UserError
 
@@ -37,11 +39,8 @@ SHAPE = (
 
 def check(config: Config) -> None:
     """Raise a UserError if fields contradict each other."""
-    rl, rollout, task = config.rl, config.rollout, config.task
-    if task.max_number > task.max_value:
-        raise UserError(
-            f"task.max_number: {task.max_number} is over task.max_value={task.max_value}"
-        )
+    rl, rollout = config.rl, config.rollout
+    _check_task(config.task)
     _check_model(config)
     buckets = config.bucket_edges
     if list(buckets) != sorted(set(buckets)):
@@ -75,6 +74,23 @@ def check(config: Config) -> None:
     _check_server(rollout)
     _check_objective(config.objective)
     _check_rollout(config)
+
+
+def _check_task(task: TaskConfig) -> None:
+    if task.max_number > task.max_value:
+        raise UserError(
+            f"task.max_number: {task.max_number} is over task.max_value={task.max_value}"
+        )
+    if task.name != "math":
+        for field in dataclasses.fields(MathConfig):
+            if getattr(task.math, field.name) != field.default:
+                raise UserError(f"task.math.{field.name}: set task.name=math, or leave it out")
+        return
+    for name in ("train", "eval"):
+        if getattr(task.math, name) is None:
+            raise UserError(
+                f"task.math.{name}: task.name=math needs files; `deltal prepare` converts them"
+            )
 
 
 def _check_rollout(config: Config) -> None:

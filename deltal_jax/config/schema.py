@@ -53,11 +53,27 @@ class RunConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MathConfig:
+    train: str | None = _field(
+        None, "file of problems to train on: .json, .jsonl or .parquet in a published format"
+    )
+    eval: tuple[str, ...] | None = _field(None, "files of problems to evaluate on")
+    verifier: Literal["math_verify", "reference"] = _field(
+        "math_verify", "who judges: the math-verify package, or the rules of the paper's code"
+    )
+    template: str = _field(
+        "boxed", "prompt: plain, boxed, user_assistant, or a text file that has {problem}"
+    )
+    workers: int = _field(2, "processes that judge", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    name: Literal["countdown"] = _field("countdown", "which task to train on")
+    name: Literal["countdown", "math"] = _field("countdown", "which task to train on")
     numbers: int = _field(3, "how many numbers a problem gives", low=2, high=6)
     max_number: int = _field(9, "largest given number", low=2, high=100)
     max_value: int = _field(60, "largest target and intermediate value", low=4, high=1000)
+    math: MathConfig = _field(MathConfig, "where task.name is math")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """What a task is: problems, and a verdict on a response."""
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+#: Why a reward is missing.
+Missing = Literal["timeout", "unparsed", "crash"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +22,15 @@ class Verdict:
 
     `reward` is what training maximises, None when the verifier could not decide; `correct` is the
     task's own accuracy, apart from any shaping of the reward; `reason` is for people; `answer` is
-    the final answer in a normal form (empty if there is none), for majority votes.
+    the final answer in a normal form (empty if there is none), for majority votes; `missing` is the
+    kind of cause where the reward is None, so that they are counted apart.
     """
 
     reward: float | None
     correct: bool
     reason: str
     answer: str = ""
+    missing: Missing | None = None
 
 
 class Task(Protocol):
@@ -59,4 +64,13 @@ class Task(Protocol):
 
     def verify(self, response: str, answer: Any) -> Verdict:
         """Judge one response. Never executes it."""
+        ...
+
+
+@runtime_checkable
+class VerifiesBatches(Protocol):
+    """What a task may have beside `verify`: many verdicts at once, side by side."""
+
+    def verify_batch(self, pairs: Sequence[tuple[str, Any]]) -> list[Verdict]:
+        """The verdicts on (response, answer) pairs, in order."""
         ...

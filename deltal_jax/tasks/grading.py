@@ -3,14 +3,17 @@ zero."""
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from deltal_jax.errors import UserError
-from deltal_jax.tasks.base import Problem, Task, Verdict
+from deltal_jax.tasks.base import Missing, Problem, Task, Verdict, VerifiesBatches
 
+#: Why a reward is missing, by number.
+MISSING: tuple[Missing | None, ...] = (None, *typing.get_args(Missing))
 #: `fn(prompts, responses, answers) -> rewards`, one number or None (missing) a response.
 RewardFunction = Callable[[list[str], list[str], list[Any]], Sequence[float | None]]
 
@@ -41,6 +44,11 @@ class Grades:
     verdicts: list[Verdict]
     #: Every named reward apart, NaN where missing.
     parts: dict[str, np.ndarray]
+
+    @property
+    def missing(self) -> np.ndarray:
+        """Why the task has no verdict, by the position in `MISSING`; 0 where it has one."""
+        return np.asarray([MISSING.index(verdict.missing) for verdict in self.verdicts], np.int8)
 
 
 def as_rewards(items: Sequence[Reward | RewardFunction | str] | None) -> list[Reward | str]:
@@ -73,10 +81,12 @@ def grade(
 
     `correct` is always the task's own verdict, whatever the rewards are.
     """
-    verdicts = [
-        task.verify(response, problem.answer)
-        for problem, response in zip(problems, responses, strict=True)
-    ]
+    asked = zip(problems, responses, strict=True)
+    pairs = [(response, problem.answer) for problem, response in asked]
+    if isinstance(task, VerifiesBatches):
+        verdicts = task.verify_batch(pairs)
+    else:
+        verdicts = [task.verify(*pair) for pair in pairs]
     parts: dict[str, np.ndarray] = {}
     if any(isinstance(item, Reward) and item.name == task.name for item in rewards):
         raise UserError(

@@ -211,7 +211,7 @@ class RolloutStream:
         texts = response_texts(self.setup, rollout)
         grades = grade(self.setup.task, asked, texts, self._rewards)
         each = positions[rollout.group_ids]
-        return Groups(each, rollout, grades.rewards, grades.correct, grades.parts)
+        return Groups(each, rollout, grades.rewards, grades.correct, grades.parts, grades.missing)
 
     def _good(self, groups: Groups) -> np.ndarray:
         """Which groups may be trained: all, or by `rollout.dynamic_sampling`."""

@@ -11,6 +11,7 @@ from deltal_jax.model.transformer import abstract_params, parameter_count
 from deltal_jax.objective.logprobs import chunk_size
 from deltal_jax.rollout.checks import sampling_memory
 from deltal_jax.rollout.slots import SamplingOptions
+from deltal_jax.tasks.base import Task
 from deltal_jax.training.buckets import bucket_rows
 from deltal_jax.training.objective import normalizer, surrogate_options
 
@@ -183,6 +184,11 @@ def batch_arithmetic(config: Config) -> dict[str, int]:
         "responses": responses * rl.steps,
         "max_response_tokens": tokens * rl.steps,
     }
+
+
+def describe_task(task: Task) -> str:
+    """What a task found in its files; empty where it has none."""
+    return getattr(task, "summary", "")
 
 
 def describe_model(config: Config, arch: Architecture) -> str:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from deltal_jax.tasks.grading import MISSING
 from deltal_jax.types import Rollout
 
 
@@ -24,6 +25,8 @@ class Groups:
     correct: Bool[np.ndarray, " B"]
     #: Every named reward apart, NaN where missing.
     parts: dict[str, Float[np.ndarray, " B"]]
+    #: `Grades.missing`.
+    missing: Int[np.ndarray, " B"]
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -31,6 +34,7 @@ class Groups:
         rollout = self.rollout
         return reward_metrics(self.rewards, self.correct, self.parts, rollout.group_ids) | (
             length_metrics(rollout.response_lengths, rollout.truncated, self.correct)
+            | missing_metrics(self.missing)
         )
 
 
@@ -99,6 +103,13 @@ def reward_metrics(
         "reward/frac_all_one": (len(constant) - zero) / len(groups),
     }
     return metrics
+
+
+def missing_metrics(missing: np.ndarray) -> dict[str, float]:
+    """How often the task had no verdict, by cause; only of causes that occurred."""
+    counts = np.bincount(missing, minlength=len(MISSING))
+    causes = zip(MISSING, counts, strict=True)
+    return {f"reward/missing_{cause}": float(n) for cause, n in causes if cause and n}
 
 
 def length_metrics(

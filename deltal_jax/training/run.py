@@ -23,7 +23,7 @@ from deltal_jax.training import run_folder
 from deltal_jax.training.ahead import Ahead
 from deltal_jax.training.checkpoint import Checkpoints, Position
 from deltal_jax.training.collect import RolloutStream
-from deltal_jax.training.describe import describe_model, describe_sampling, formula
+from deltal_jax.training.describe import describe_model, describe_sampling, describe_task, formula
 from deltal_jax.training.evaluate import evaluate, write_samples
 from deltal_jax.training.setup import (
     Setup,
@@ -106,6 +106,8 @@ class Run:
         run_folder.write_text(self.folder / run_folder.SUMMARY, json.dumps(facts, indent=1) + "\n")
         self.display.say(f"run folder: {self.folder}")
         self.display.say(describe_model(config, self.setup.architecture))
+        if found := describe_task(self.setup.task):
+            self.display.say(found)
         self.display.say(said)
         if sampling := describe_sampling(config):
             self.display.say(sampling)

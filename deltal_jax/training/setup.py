@@ -37,6 +37,7 @@ from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.rollout.stream import Streamer
 from deltal_jax.tasks.base import Problem, Task
 from deltal_jax.tasks.countdown import CountDown
+from deltal_jax.tasks.math import Math
 from deltal_jax.training.describe import sampling_parts
 from deltal_jax.training.objective import make_loss
 from deltal_jax.training.optimizer import make_optimizer
@@ -48,12 +49,24 @@ def _countdown(task: TaskConfig) -> Task:
     return CountDown(task.numbers, task.max_number, task.max_value)
 
 
+def _math(task: TaskConfig) -> Task:
+    options = task.math
+    assert options.train is not None and options.eval is not None  # by the config's rules
+    return Math(
+        options.train,
+        options.eval,
+        verifier=options.verifier,
+        template=options.template,
+        workers=options.workers,
+    )
+
+
 #: Beside a run's tokenizer, where it has adapters.
 BASE = "base.json"
 #: In a run's folder, unless the config names another: weights for a server that samples.
 SERVED = "served"
 #: What `task.name` may name.
-TASKS: dict[str, Callable[[TaskConfig], Task]] = {"countdown": _countdown}
+TASKS: dict[str, Callable[[TaskConfig], Task]] = {"countdown": _countdown, "math": _math}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,51 @@
+"""Convert a published file of problems to JSON lines, and say what of it was dropped."""
+
+import argparse
+import json
+from pathlib import Path
+
+from deltal_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument(
+        "name", metavar="NAME", help="what the data are called, such as math500: their source"
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="FILE",
+        help=".json, .jsonl or .parquet, in the format of ORZ-57k, MATH500, AIME24, AMC, Minerva, "
+        "GSM8K or verl",
+    )
+    parser.add_argument(
+        "--to", dest="target", required=True, metavar="FILE", help="a new .jsonl file"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert; the exit code."""
+    from deltal_jax.tasks.math_data import read_examples
+
+    target = Path(arguments.target)
+    if target.suffix != ".jsonl":
+        raise UserError(f"--to: {target} does not end in .jsonl")
+    if target.exists():
+        raise UserError(f"--to: {target} exists; name a new file")
+    examples, dropped = read_examples(Path(arguments.source), "--from")
+    lines = [json.dumps(example.row() | {"source": arguments.name}) + "\n" for example in examples]
+    try:
+        target.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--to: {error}") from error
+    if arguments.json:
+        found = {"problems": len(examples), "dropped": dropped.counts, "first": dropped.first}
+        print(json.dumps(found, ensure_ascii=False))
+        return 0
+    print(f"{target}: {len(examples)} problems, {dropped.counts.total()} rows dropped")
+    for reason, count in dropped.counts.most_common():
+        print(f"  {count:>7}  {reason}\n           first {dropped.first[reason]}")
+    return 0
