@@ -103,7 +103,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_type_and_the_value(key, v
             "did you mean 'clipped'?",
         ),
         ("rl.optimizer.schedule", ["x"], "['x'] is not one of constant, cosine"),
-        ("task.name", None, "None is not one of countdown"),
+        ("rollout.engine", None, "None is not one of jax, http"),
     ],
 )
 def test_a_choice_that_does_not_exist_is_refused_with_the_choices(key, value, expected):

@@ -42,6 +42,15 @@ def check(config: Config) -> None:
         raise UserError(
             f"task.max_number: {task.max_number} is over task.max_value={task.max_value}"
         )
+    for name, weight in (task.mixture or {}).items():
+        if weight < 0:
+            raise UserError(f"task.mixture.{name}: a weight is not below 0, got {weight:g}")
+    most = task.paths.nodes * (task.paths.nodes - 1)
+    if task.paths.edges > most or task.paths.distance >= task.paths.nodes:
+        raise UserError(
+            f"task.paths.nodes: {task.paths.nodes} have at most {most} edges and a distance of "
+            f"{task.paths.nodes - 1}; raise it"
+        )
     _check_model(config)
     buckets = config.bucket_edges
     if list(buckets) != sorted(set(buckets)):

@@ -53,11 +53,32 @@ class RunConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PathsConfig:
+    nodes: int = _field(10, "nodes of a graph", low=3, high=26)
+    edges: int = _field(16, "directed edges of a graph", low=2, high=100)
+    distance: int = _field(3, "edges between start and goal at least", low=1, high=8)
+
+
+@dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    name: Literal["countdown"] = _field("countdown", "which task to train on")
+    name: str = _field(
+        "countdown",
+        "which task to train on: countdown, paths, mixture, one of reasoning-gym's such as "
+        "knights_knaves, or file.py:Class",
+    )
     numbers: int = _field(3, "how many numbers a problem gives", low=2, high=6)
     max_number: int = _field(9, "largest given number", low=2, high=100)
     max_value: int = _field(60, "largest target and intermediate value", low=4, high=1000)
+    paths: PathsConfig = _field(PathsConfig, "where task.name is paths")
+    procedural: dict[str, dict[str, float]] | None = _field(
+        None, "options of reasoning-gym's generators, such as {sudoku: {max_empty: 40}}"
+    )
+    mixture: dict[str, float] | None = _field(
+        None, "where task.name is mixture: weights, such as {countdown: 0.7, paths: 0.3}"
+    )
+    rewards: tuple[str, ...] | None = _field(
+        None, "what is maximised: task, file.py:function, 0.1 * file.py:function; null: [task]"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,12 @@ from typing import Any, Protocol
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One prompt with what is needed to verify a response to it. `answer` is plain JSON data."""
+    """One prompt with what is needed to verify a response to it. `answer` is plain JSON data;
+    `task` names the part of a mixture that it comes from."""
 
     prompt: str
     answer: Any
+    task: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +39,9 @@ class Task(Protocol):
         """The task's name in metrics."""
         ...
 
-    def vocabulary(self) -> list[str]:
-        """Every word that prompts and responses are made of, for training a small tokenizer."""
+    def vocabulary(self) -> list[str] | None:
+        """Every word that prompts and responses are made of, for training a small tokenizer; None
+        where they are free text."""
         ...
 
     def problem(self, seed: int, position: int) -> Problem:

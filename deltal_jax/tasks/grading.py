@@ -10,6 +10,7 @@ import numpy as np
 
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.base import Problem, Task, Verdict
+from deltal_jax.tasks.mixture import Mixture
 
 #: `fn(prompts, responses, answers) -> rewards`, one number or None (missing) a response.
 RewardFunction = Callable[[list[str], list[str], list[Any]], Sequence[float | None]]
@@ -39,7 +40,7 @@ class Grades:
     rewards: np.ndarray
     correct: np.ndarray
     verdicts: list[Verdict]
-    #: Every named reward apart, NaN where missing.
+    #: Every named reward apart, NaN where missing; of a mixture, also the total of each task.
     parts: dict[str, np.ndarray]
 
 
@@ -78,10 +79,12 @@ def grade(
         for problem, response in zip(problems, responses, strict=True)
     ]
     parts: dict[str, np.ndarray] = {}
-    if any(isinstance(item, Reward) and item.name == task.name for item in rewards):
-        raise UserError(
-            f"rewards: {task.name!r} is the task's own name; call Reward(…, name=…) else"
-        )
+    taken = [task.name, *(task.parts if isinstance(task, Mixture) else ())]
+    for item in rewards:
+        if isinstance(item, Reward) and item.name in taken:
+            raise UserError(
+                f"rewards: {item.name!r} is the task's own name; call Reward(…, name=…) else"
+            )
     total = np.zeros(len(responses), np.float64)
     for item in rewards:
         if isinstance(item, str):
@@ -90,6 +93,9 @@ def grade(
             name, weight, values = item.name, item.weight, _call(item, problems, responses)
         parts[name] = np.asarray([math.nan if v is None else v for v in values], np.float64)
         total += weight * parts[name]
+    if isinstance(task, Mixture):
+        of = np.asarray([problem.task for problem in problems])
+        parts |= {name: np.where(of == name, total, math.nan) for name in task.parts}
     return Grades(
         rewards=total.astype(np.float32),
         correct=np.asarray([verdict.correct for verdict in verdicts]),

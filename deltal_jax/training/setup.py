@@ -12,8 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from deltal_jax.config import Config, TaskConfig
-from deltal_jax.data.prompts import encode_prompts
-from deltal_jax.data.tokenizer import Tokenizer, read_tokenizer, train_word_tokenizer
+from deltal_jax.data.prompts import encode_prompts, train_tokenizer
+from deltal_jax.data.tokenizer import Tokenizer, read_tokenizer
 from deltal_jax.errors import UserError
 from deltal_jax.model import huggingface
 from deltal_jax.model.architecture import Architecture
@@ -28,6 +28,7 @@ from deltal_jax.model.transformer import (
     make_graphdef,
     split_model,
 )
+from deltal_jax.objective.names import unknown_name
 from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.rollout.checks import check_memory, free_memory
@@ -37,6 +38,11 @@ from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.rollout.stream import Streamer
 from deltal_jax.tasks.base import Problem, Task
 from deltal_jax.tasks.countdown import CountDown
+from deltal_jax.tasks.files import load_object
+from deltal_jax.tasks.mixture import Mixture
+from deltal_jax.tasks.paths import Paths
+from deltal_jax.tasks.procedural import KINDS
+from deltal_jax.tasks.procedural.generated import Generated
 from deltal_jax.training.describe import sampling_parts
 from deltal_jax.training.objective import make_loss
 from deltal_jax.training.optimizer import make_optimizer
@@ -48,12 +54,29 @@ def _countdown(task: TaskConfig) -> Task:
     return CountDown(task.numbers, task.max_number, task.max_value)
 
 
+def _paths(task: TaskConfig) -> Task:
+    return Paths(task.paths.nodes, task.paths.edges, task.paths.distance)
+
+
+def _mixture(task: TaskConfig) -> Task:
+    weights = {name: weight for name, weight in (task.mixture or {}).items() if weight > 0}
+    if not weights or "mixture" in weights:
+        raise UserError(
+            "task.mixture: name tasks with their weights, such as {countdown: 0.7, paths: 0.3}"
+        )
+    return Mixture([(named_task(name, task), weight) for name, weight in weights.items()])
+
+
 #: Beside a run's tokenizer, where it has adapters.
 BASE = "base.json"
 #: In a run's folder, unless the config names another: weights for a server that samples.
 SERVED = "served"
-#: What `task.name` may name.
-TASKS: dict[str, Callable[[TaskConfig], Task]] = {"countdown": _countdown}
+#: What `task.name` may name, beside the procedural `KINDS` and file.py:Class.
+TASKS: dict[str, Callable[[TaskConfig], Task]] = {
+    "countdown": _countdown,
+    "paths": _paths,
+    "mixture": _mixture,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +115,7 @@ def make_setup(config: Config, saved: Path | None = None) -> Setup:
         folder = saved or find_checkpoint(config.model.path, config.model.revision)
         checkpoint_config = huggingface.read_config(folder)
     if folder is None:
-        tokenizer: Tokenizer = train_word_tokenizer(task.vocabulary())
+        tokenizer: Tokenizer = train_tokenizer(task)
     else:
         tokenizer = read_tokenizer(folder)
     architecture = make_architecture(config, tokenizer.vocab_size, checkpoint_config)
@@ -153,7 +176,19 @@ def encode_problems(setup: Setup, problems: Sequence[Problem], start: int = 0) -
 
 def make_task(config: Config) -> Task:
     """The task of a config."""
-    return TASKS[config.task.name](config.task)
+    return named_task(config.task.name, config.task)
+
+
+def named_task(name: str, task: TaskConfig) -> Task:
+    """The task of this name with its part of the config. Raises UserError if there is none."""
+    if name in TASKS:
+        return TASKS[name](task)
+    if name in KINDS:
+        options = (task.procedural or {}).get(name, {})
+        return Generated(name, {k: int(v) if v == int(v) else v for k, v in options.items()})
+    if ".py:" in name:
+        return load_object(name, "task.name")()
+    raise UserError(unknown_name("task.name", name, [*TASKS, *KINDS]))
 
 
 def make_architecture(
