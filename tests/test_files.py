@@ -11,7 +11,7 @@ from deltal_jax.metrics import load_metrics
 from deltal_jax.tasks.files import absolute, load_object, load_rewards, pin_files
 from deltal_jax.training.run import choose_rewards
 from deltal_jax.training.run_folder import load_run_config
-from deltal_jax.training.setup import make_task
+from deltal_jax.training.setup import check_setup, make_setup, make_task
 from tests.test_loop import SMALL
 
 SOURCE = '''
@@ -116,3 +116,9 @@ def test_a_run_maximises_what_its_config_names_and_resumes_with_it(file, monkeyp
         assert line["reward/mean"] == pytest.approx(whole, rel=1e-5)
     with pytest.raises(UserError, match=r"^rewards: task\.rewards names some, too"):
         choose_rewards(load_run_config(folder), ["task"])
+
+
+def test_a_setup_whose_rewards_cannot_be_loaded_is_refused(file):
+    config = load_config("countdown-tiny", SMALL | {"task.rewards": ["none.py:length"]})
+    with pytest.raises(UserError, match=r"^task\.rewards: no file none\.py$"):
+        check_setup(make_setup(config))

@@ -38,7 +38,7 @@ from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.rollout.stream import Streamer
 from deltal_jax.tasks.base import Problem, Task
 from deltal_jax.tasks.countdown import CountDown
-from deltal_jax.tasks.files import load_object
+from deltal_jax.tasks.files import load_object, load_rewards
 from deltal_jax.tasks.mixture import Mixture
 from deltal_jax.tasks.paths import Paths
 from deltal_jax.tasks.procedural import KINDS
@@ -140,9 +140,11 @@ def save_model_files(setup: Setup, folder: Path) -> None:
 
 def check_setup(setup: Setup, *, weights: bool = True) -> None:
     """Raises UserError for what only the parts can tell: no held-out problem, too long a prompt or
-    response, an option that the surrogate does not take, weights that do not fit."""
+    response, an option that the surrogate does not take, rewards that cannot be loaded, weights
+    that do not fit."""
     config = setup.config
     make_loss(config)
+    load_rewards(config.task.rewards)
     make_sampling_mesh(config)
     if config.model.path is not None and weights:
         base = dataclasses.replace(setup.architecture, lora=None)
