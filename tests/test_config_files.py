@@ -239,6 +239,10 @@ def test_a_dumped_shipped_config_loads_to_an_equal_one(path, write):
     assert load_config(write(dump_config(config))) == config
 
 
+#: Of a mixture.
+WEIGHTS = st.dictionaries(st.text(max_size=8), st.floats(0, 9), max_size=3)
+
+
 def values(hint: type, field: dataclasses.Field) -> st.SearchStrategy:
     """Every value that the field's type and bounds allow."""
     low, high = field.metadata["low"], field.metadata["high"]
@@ -258,6 +262,9 @@ def values(hint: type, field: dataclasses.Field) -> st.SearchStrategy:
         tuple[int, ...]: st.lists(st.integers(1, 10**6), min_size=1, max_size=4).map(tuple),
         tuple[str, ...]: st.lists(st.text(max_size=30), min_size=1, max_size=4).map(tuple),
         tuple[float, ...]: st.lists(st.floats(-1, 1), min_size=1, max_size=4).map(tuple),
+        tuple[str, ...]: st.lists(st.text(max_size=8), min_size=1, max_size=3).map(tuple),
+        dict[str, float]: WEIGHTS,
+        dict[str, dict[str, float]]: st.dictionaries(st.text(max_size=8), WEIGHTS, max_size=2),
     }[hint]
 
 

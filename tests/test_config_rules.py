@@ -55,10 +55,10 @@ def test_fields_that_agree_at_the_edge_are_accepted(overrides):
 
 def test_given_numbers_that_the_vocabulary_lacks_are_refused_before_a_run_starts():
     """Over max_value a number has no token, and two of them may have no legal operation at all."""
-    said = config_refusal({"task.max_number": 61})
-    assert "task.max_number" in said
-    assert "task.max_value" in said
-    load_config(TINY, {"task.max_number": 60})
+    said = config_refusal({"task.countdown.max_number": 61})
+    assert "task.countdown.max_number" in said
+    assert "task.countdown.max_value" in said
+    load_config(TINY, {"task.countdown.max_number": 60})
 
 
 SCOPELESS = ["balanced", "local_token_mean", "prompt_mean", "token_sum"]

@@ -21,6 +21,7 @@ from deltal_jax.config import (
     RolloutConfig,
     load_config,
     schema,
+    tasks,
 )
 from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.kernels import Kernel
@@ -109,7 +110,7 @@ def test_names_of_other_libraries_are_answered_with_ours(field, theirs, ours):
 
 CONFIGS = {
     kind.__name__: kind
-    for kind in vars(schema).values()
+    for kind in (vars(schema) | vars(tasks)).values()
     if isinstance(kind, type) and dataclasses.is_dataclass(kind)
 }
 #: Attributes that hold one of these wherever they occur.

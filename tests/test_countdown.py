@@ -530,7 +530,9 @@ def test_a_malformed_problem_is_refused_with_the_form(text):
 
 @pytest.mark.parametrize(("text", "culprit"), [("7 1 5 -> 61", "61"), ("7 100 5 -> 4", "100")])
 def test_a_number_that_the_vocabulary_lacks_is_refused_by_name(text, culprit):
-    with pytest.raises(UserError, match=rf"^problem: {culprit} is over task.max_value=60$"):
+    with pytest.raises(
+        UserError, match=rf"^problem: {culprit} is over task.countdown.max_value=60$"
+    ):
         TASK.parse_problem(text)
 
 

@@ -145,9 +145,9 @@ def test_requests_are_checked_as_for_our_own_engine(make, server):
 
 
 SMALL = {
-    "task.numbers": 2,
-    "task.max_number": 5,
-    "task.max_value": 25,
+    "task.countdown.numbers": 2,
+    "task.countdown.max_number": 5,
+    "task.countdown.max_value": 25,
     "model.layers": 1,
     "model.d_model": 16,
     "model.head_dim": 8,

@@ -31,9 +31,9 @@ from deltal_jax.training.trained import like_saved, load_trained
 
 #: Two numbers, one layer: learns in seconds, on the same code path as the real experiment.
 SMALL = {
-    "task.numbers": 2,
-    "task.max_number": 5,
-    "task.max_value": 25,
+    "task.countdown.numbers": 2,
+    "task.countdown.max_number": 5,
+    "task.countdown.max_value": 25,
     "model.layers": 1,
     "model.d_model": 32,
     "model.head_dim": 16,

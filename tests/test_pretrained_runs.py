@@ -41,7 +41,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 EXPERIMENT = {
-    "task": {"numbers": 2, "max_number": 5, "max_value": 25},
+    "task": {"countdown": {"numbers": 2, "max_number": 5, "max_value": 25}},
     "rollout": {"slots": 4, "max_prompt_length": 28, "max_response_length": 12},
     "length_buckets": [40],
     "objective": {"kl_coefficient": 0.05, "old_logprobs": "recompute"},

@@ -20,6 +20,7 @@ from deltal_jax.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     read_tokenizer,
+    train_text_tokenizer,
     train_word_tokenizer,
 )
 from deltal_jax.errors import UserError
@@ -499,3 +500,17 @@ def test_a_folder_without_a_tokenizer_or_without_an_end_says_so(tmp_path):
     build("qwen")[0].save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="needs eos_token_id"):
         read_tokenizer(tmp_path)
+
+
+@given(st.text(max_size=60))
+def test_a_tokenizer_of_free_text_gives_back_any_text(text):
+    texts = ["Find the path.\n\n1 2|2 3/1 3 =", "<answer>1 2 3</answer>", "ab  ba\nab"] * 20
+    tokenizer = text_tokenizer(tuple(texts))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@functools.cache
+def text_tokenizer(texts):
+    tokenizer = train_text_tokenizer(list(texts), 300)
+    assert tokenizer.files() == train_text_tokenizer(list(texts), 300).files()
+    return tokenizer

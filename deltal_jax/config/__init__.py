@@ -2,9 +2,9 @@
 
     config = load_config("countdown-tiny", {"rl.steps": 10})
 
-`schema.py` has every field with its type, default, bounds and meaning; `rules.py` the rules across
-fields; `fields.py` turns plain values into fields and describes them; `files.py` finds, reads and
-writes YAML. Every error names the field and the fix.
+`schema.py` has every field with its type, default, bounds and meaning, `tasks.py` those of the
+tasks; `rules.py` the rules across fields; `fields.py` turns plain values into fields and describes
+them; `files.py` finds, reads and writes YAML. Every error names the field and the fix.
 """
 
 from deltal_jax.config.fields import describe_fields
@@ -25,7 +25,6 @@ from deltal_jax.config.schema import (
     DataConfig,
     EvaluateConfig,
     LoraConfig,
-    MathConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -35,8 +34,8 @@ from deltal_jax.config.schema import (
     ServerConfig,
     SftConfig,
     Surrogate,
-    TaskConfig,
 )
+from deltal_jax.config.tasks import TaskConfig
 
 __all__ = [
     "SCOPED",
@@ -48,7 +47,6 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "LoraConfig",
-    "MathConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",

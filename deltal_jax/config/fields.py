@@ -56,9 +56,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         inner = next(a for a in args if a is not type(None))
         return None if value is None else _convert(inner, value, path)
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise UserError(f"{path}: expected {_spell(hint)}, got {value!r}")
+        return {key: _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or not value:
-            examples = {int: "[32, 64]", float: "[0.2, 0.1]", str: "[one.jsonl, two.jsonl]"}
+            examples = {int: "[32, 64]", float: "[0.2, 0.1]", str: "[one, two]"}
             example = examples.get(args[0], "[q_proj, v_proj]")
             raise UserError(f"{path}: expected a list such as {example}, got {value!r}")
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
@@ -73,6 +77,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 def _bound(value: Any, metadata: Any, path: str) -> None:
     low, high = metadata["low"], metadata["high"]
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _bound(item, metadata, f"{path}.{name}")
+        return
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, float) and not math.isfinite(item):
             raise UserError(f"{path}: must be finite, got {item}")
@@ -101,4 +109,6 @@ def _spell(hint: Any) -> str:
         return " or ".join("null" if a is type(None) else _spell(a) for a in args)
     if origin is tuple:
         return f"list of {_spell(args[0])}"
+    if origin is dict:
+        return f"{_spell(args[1])} by name"
     return {int: "int", float: "float", str: "text", bool: "true|false"}[hint]

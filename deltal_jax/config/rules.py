@@ -1,17 +1,16 @@
-"""Rules that span fields. The bounds of a single field are in `schema.py`."""
+"""Rules that span fields. The bounds of a single field are where it is declared."""
 
 import dataclasses
 from urllib.parse import urlsplit
 
 from deltal_jax.config.schema import (
     Config,
-    MathConfig,
     ModelConfig,
     ObjectiveConfig,
     RolloutConfig,
     ServerConfig,
-    TaskConfig,
 )
+from deltal_jax.config.tasks import SECTIONS, TaskConfig
 from deltal_jax.errors import UserError
 
 #: Aggregations that take a scope; the others have one of their own, or none.
@@ -77,20 +76,34 @@ def check(config: Config) -> None:
 
 
 def _check_task(task: TaskConfig) -> None:
-    if task.max_number > task.max_value:
+    used = {task.name, *(task.mixture or {})}
+    for name in SECTIONS:
+        section = getattr(task, name)
+        if name in used or task.name == "mixture":
+            continue
+        for field in dataclasses.fields(section):
+            if getattr(section, field.name) != field.default:
+                raise UserError(f"task.{name}.{field.name}: set task.name={name}, or leave it out")
+    countdown, paths = task.countdown, task.paths
+    if countdown.max_number > countdown.max_value:
         raise UserError(
-            f"task.max_number: {task.max_number} is over task.max_value={task.max_value}"
+            f"task.countdown.max_number: {countdown.max_number} is over "
+            f"task.countdown.max_value={countdown.max_value}"
         )
-    if task.name != "math":
-        for field in dataclasses.fields(MathConfig):
-            if getattr(task.math, field.name) != field.default:
-                raise UserError(f"task.math.{field.name}: set task.name=math, or leave it out")
-        return
-    for name in ("train", "eval"):
+    most = paths.nodes * (paths.nodes - 1)
+    if paths.edges > most or paths.distance >= paths.nodes:
+        raise UserError(
+            f"task.paths.nodes: {paths.nodes} have at most {most} edges and a distance of "
+            f"{paths.nodes - 1}; raise it"
+        )
+    for name in ("train", "eval") if "math" in used else ():
         if getattr(task.math, name) is None:
             raise UserError(
-                f"task.math.{name}: task.name=math needs files; `deltal prepare` converts them"
+                f"task.math.{name}: the task math needs files; `deltal prepare` converts them"
             )
+    for name, weight in (task.mixture or {}).items():
+        if weight < 0:
+            raise UserError(f"task.mixture.{name}: a weight is not below 0, got {weight:g}")
 
 
 def _check_rollout(config: Config) -> None:

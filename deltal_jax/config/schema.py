@@ -1,4 +1,4 @@
-"""Every field of an experiment: type, default, bounds and meaning.
+"""Every field of an experiment: type, default, bounds and meaning. `tasks.py` has those of tasks.
 
 To add one is to add a line here and to read it where it acts: a test fails on a field that nothing
 reads. A rule across fields belongs to `rules.py`.
@@ -7,7 +7,10 @@ reads. A rule across fields belongs to `rules.py`.
 import dataclasses
 import math
 import typing
-from typing import Any, Literal
+from typing import Literal
+
+from deltal_jax.config.declare import field
+from deltal_jax.config.tasks import TaskConfig
 
 Aggregation = Literal[
     "delta_l",
@@ -36,161 +39,129 @@ DType = Literal["float32", "bfloat16"]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def _field(default: Any, help_: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A documented field; `low` and `high` are inclusive bounds."""
-    metadata = {"help": help_, "low": low, "high": high}
-    if isinstance(default, type):
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    name: str = _field("run", "name of the experiment; part of the run folder's name")
-    dir: str | None = _field(None, "run folder; default: a new time-stamped one under runs/")
-    tensorboard: bool = _field(True, "also write TensorBoard events")
-    report: bool = _field(True, "write report.html at the end")
-
-
-@dataclasses.dataclass(frozen=True)
-class MathConfig:
-    train: str | None = _field(
-        None, "file of problems to train on: .json, .jsonl or .parquet in a published format"
-    )
-    eval: tuple[str, ...] | None = _field(None, "files of problems to evaluate on")
-    verifier: Literal["math_verify", "reference"] = _field(
-        "math_verify", "who judges: the math-verify package, or the rules of the paper's code"
-    )
-    template: str = _field(
-        "boxed", "prompt: plain, boxed, user_assistant, or a text file that has {problem}"
-    )
-    workers: int = _field(2, "processes that judge", low=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskConfig:
-    name: Literal["countdown", "math"] = _field("countdown", "which task to train on")
-    numbers: int = _field(3, "how many numbers a problem gives", low=2, high=6)
-    max_number: int = _field(9, "largest given number", low=2, high=100)
-    max_value: int = _field(60, "largest target and intermediate value", low=4, high=1000)
-    math: MathConfig = _field(MathConfig, "where task.name is math")
+    name: str = field("run", "name of the experiment; part of the run folder's name")
+    dir: str | None = field(None, "run folder; default: a new time-stamped one under runs/")
+    tensorboard: bool = field(True, "also write TensorBoard events")
+    report: bool = field(True, "write report.html at the end")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    chat_template: bool = _field(
+    chat_template: bool = field(
         False, "put prompts into the tokenizer's chat template, as a user's message"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    path: str | None = _field(
+    path: str | None = field(
         None, "a Hugging Face folder, or a hub id such as Qwen/Qwen2.5-3B; null: a new model"
     )
-    revision: str | None = _field(None, "branch, tag or commit of a hub id; null: its default")
-    param_dtype: DType = _field(
+    revision: str | None = field(None, "branch, tag or commit of a hub id; null: its default")
+    param_dtype: DType = field(
         "float32", "type of the trained parameters; bfloat16 is rounded stochastically"
     )
-    compute_dtype: DType = _field("bfloat16", "type of activations and of the matrix products")
-    attention: Literal["auto", "xla", "cudnn", "splash"] = _field(
+    compute_dtype: DType = field("bfloat16", "type of activations and of the matrix products")
+    attention: Literal["auto", "xla", "cudnn", "splash"] = field(
         "auto", "kernel of attention: cudnn on GPUs (not with rl.pack), splash on TPUs, else xla"
     )
-    layers: int = _field(3, "number of layers", low=1)
-    d_model: int = _field(64, "width of the residual stream", low=1)
-    heads: int = _field(2, "query heads", low=1)
-    kv_heads: int | None = _field(None, "key-value heads; default: as many as heads", low=1)
-    head_dim: int | None = _field(None, "size of a head (even); default: d_model / heads", low=2)
-    d_ff: int = _field(176, "width of the feed-forward layer", low=1)
-    tied_embeddings: bool = _field(False, "share the embedding with the output head")
-    rope_theta: float = _field(10_000.0, "base of the rotary frequencies", low=1.0)
-    norm_epsilon: float = _field(1e-6, "epsilon of RMSNorm", low=0.0)
-    remat: bool = _field(False, "recompute layers in the backward pass: less memory, more work")
+    layers: int = field(3, "number of layers", low=1)
+    d_model: int = field(64, "width of the residual stream", low=1)
+    heads: int = field(2, "query heads", low=1)
+    kv_heads: int | None = field(None, "key-value heads; default: as many as heads", low=1)
+    head_dim: int | None = field(None, "size of a head (even); default: d_model / heads", low=2)
+    d_ff: int = field(176, "width of the feed-forward layer", low=1)
+    tied_embeddings: bool = field(False, "share the embedding with the output head")
+    rope_theta: float = field(10_000.0, "base of the rotary frequencies", low=1.0)
+    norm_epsilon: float = field(1e-6, "epsilon of RMSNorm", low=0.0)
+    remat: bool = field(False, "recompute layers in the backward pass: less memory, more work")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    rank: int = _field(0, "rank of adapters, which alone are trained; 0: train everything", low=0)
-    alpha: float = _field(32.0, "numerator of the adapters' factor alpha / rank", low=1e-9)
-    targets: tuple[Projection, ...] = _field(
+    rank: int = field(0, "rank of adapters, which alone are trained; 0: train everything", low=0)
+    alpha: float = field(32.0, "numerator of the adapters' factor alpha / rank", low=1e-9)
+    targets: tuple[Projection, ...] = field(
         typing.get_args(Projection), "matrices that have adapters"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    learning_rate: float = _field(3e-4, "peak learning rate", low=0.0)
-    warmup_steps: int = _field(0, "updates of linear warm-up from 0", low=0)
-    schedule: Literal["constant", "cosine"] = _field("constant", "shape after the warm-up")
-    final_fraction: float = _field(0.05, "where cosine ends, of the peak", low=0.0, high=1.0)
-    b1: float = _field(0.9, "decay of Adam's first moment", low=0.0, high=1 - 1e-9)
-    b2: float = _field(0.999, "decay of Adam's second moment", low=0.0, high=1 - 1e-9)
-    epsilon: float = _field(1e-8, "Adam's epsilon", low=0.0)
-    weight_decay: float = _field(0.0, "decoupled weight decay", low=0.0)
-    clip_norm: float | None = _field(1.0, "clip of the global gradient norm; null: none", low=1e-9)
-    moment_dtype: DType = _field(
+    learning_rate: float = field(3e-4, "peak learning rate", low=0.0)
+    warmup_steps: int = field(0, "updates of linear warm-up from 0", low=0)
+    schedule: Literal["constant", "cosine"] = field("constant", "shape after the warm-up")
+    final_fraction: float = field(0.05, "where cosine ends, of the peak", low=0.0, high=1.0)
+    b1: float = field(0.9, "decay of Adam's first moment", low=0.0, high=1 - 1e-9)
+    b2: float = field(0.999, "decay of Adam's second moment", low=0.0, high=1 - 1e-9)
+    epsilon: float = field(1e-8, "Adam's epsilon", low=0.0)
+    weight_decay: float = field(0.0, "decoupled weight decay", low=0.0)
+    clip_norm: float | None = field(1.0, "clip of the global gradient norm; null: none", low=1e-9)
+    moment_dtype: DType = field(
         "float32", "type that Adam's moments are stored in; bfloat16 is rounded stochastically"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig:
-    steps: int = _field(0, "updates of supervised warm-up on the task's demonstrations", low=0)
-    tokens_per_batch: int = _field(1024, "padded tokens of one update", low=1)
-    log_every: int = _field(100, "steps between two lines of metrics", low=1)
-    optimizer: OptimizerConfig = _field(OptimizerConfig, "optimizer of the warm-up")
+    steps: int = field(0, "updates of supervised warm-up on the task's demonstrations", low=0)
+    tokens_per_batch: int = field(1024, "padded tokens of one update", low=1)
+    log_every: int = field(100, "steps between two lines of metrics", low=1)
+    optimizer: OptimizerConfig = field(OptimizerConfig, "optimizer of the warm-up")
 
 
 @dataclasses.dataclass(frozen=True)
 class ServerConfig:
-    url: str | None = _field(None, "its address, such as http://localhost:8000")
-    dialect: Literal["vllm", "sglang"] = _field("vllm", "what it is and speaks")
-    weights_dir: str | None = _field(
+    url: str | None = field(None, "its address, such as http://localhost:8000")
+    dialect: Literal["vllm", "sglang"] = field("vllm", "what it is and speaks")
+    weights_dir: str | None = field(
         None,
         "folder for new weights, of this run alone, that the server sees under the same path; "
         "default: served/ in the run folder",
     )
-    timeout: float = _field(600.0, "seconds that one request may take", low=0.01)
+    timeout: float = field(600.0, "seconds that one request may take", low=0.01)
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    engine: Literal["jax", "http"] = _field(
+    engine: Literal["jax", "http"] = field(
         "jax", "what samples for training: this process, or a server"
     )
-    server: ServerConfig = _field(ServerConfig, "where rollout.engine is http")
-    slots: int = _field(
+    server: ServerConfig = field(ServerConfig, "where rollout.engine is http")
+    slots: int = field(
         16, "responses that are decoded side by side; of a server, requests at once", low=1
     )
-    max_prompt_length: int = _field(8, "longest prompt in tokens, BOS included", low=1)
-    max_response_length: int = _field(192, "longest response in tokens, EOS included", low=1)
-    temperature: float = _field(1.0, "sampling temperature of training", low=0.01)
-    top_k: int | None = _field(None, "sample among so many best tokens; null: all", low=1)
-    top_p: float = _field(
+    max_prompt_length: int = field(8, "longest prompt in tokens, BOS included", low=1)
+    max_response_length: int = field(192, "longest response in tokens, EOS included", low=1)
+    temperature: float = field(1.0, "sampling temperature of training", low=0.01)
+    top_k: int | None = field(None, "sample among so many best tokens; null: all", low=1)
+    top_p: float = field(
         1.0, "sample among the best tokens that have this probability", low=1e-6, high=1.0
     )
-    min_p: float = _field(
+    min_p: float = field(
         0.0, "sample among tokens of this part of the best one's probability", low=0.0, high=1.0
     )
-    dynamic_sampling: Literal["none", "reward", "accuracy"] = _field(
+    dynamic_sampling: Literal["none", "reward", "accuracy"] = field(
         "none", "train on groups in which this varies, and sample until there are enough"
     )
-    max_rounds: int = _field(
+    max_rounds: int = field(
         10, "dynamic sampling: rounds at most; then the batch is filled up with other groups", low=1
     )
-    oversampling: float = _field(
+    oversampling: float = field(
         1.0, "prompts that a round may begin for each group that it needs", low=1.0, high=100.0
     )
-    partial: bool = _field(
+    partial: bool = field(
         False, "carry what oversampling has begun over to the next step, finished or not"
     )
-    ahead: int = _field(
+    ahead: int = field(
         0,
         "1: sample the next rollout, by the parameters before the update, while it runs",
         low=0,
         high=1,
     )
-    devices: int | None = _field(
+    devices: int | None = field(
         None,
         "so many, from the last on, sample only, so that ahead pays; null: those that train",
         low=1,
@@ -204,70 +175,70 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    aggregation: Aggregation = _field("delta_l", "weights of the responses' token sums")
-    alpha: float = _field(1.0, "exponent of delta_l", low=-1.0, high=3.0)
-    scope: Scope = _field("batch", "what the weights are normalised over")
-    normalizer: float | None = _field(
+    aggregation: Aggregation = field("delta_l", "weights of the responses' token sums")
+    alpha: float = field(1.0, "exponent of delta_l", low=-1.0, high=3.0)
+    scope: Scope = field("batch", "what the weights are normalised over")
+    normalizer: float | None = field(
         None, "the constant M; default: rollout.max_response_length", low=1e-9
     )
-    rho: tuple[float, ...] | None = _field(
+    rho: tuple[float, ...] | None = field(
         None, "autocorrelation of token gradients at distances 1, 2, …; for inverse_variance"
     )
-    microbatch_size: int = _field(4, "responses that local_token_mean averages over", low=1)
-    overlong_filter: bool = _field(False, "give truncated responses the weight 0")
-    count_masked: bool = _field(False, "keep filtered responses in the denominators")
-    advantage: Advantage = _field("group_standardize", "advantage estimator")
-    surrogate: Surrogate = _field("clipped", "per-token loss")
-    clip_low: float | None = _field(
+    microbatch_size: int = field(4, "responses that local_token_mean averages over", low=1)
+    overlong_filter: bool = field(False, "give truncated responses the weight 0")
+    count_masked: bool = field(False, "keep filtered responses in the denominators")
+    advantage: Advantage = field("group_standardize", "advantage estimator")
+    surrogate: Surrogate = field("clipped", "per-token loss")
+    clip_low: float | None = field(
         None, "lower clip range of the ratio; default: the surrogate's own", low=0.0
     )
-    clip_high: float | None = _field(
+    clip_high: float | None = field(
         None, "upper clip range of the ratio; default: the surrogate's own", low=0.0
     )
-    dual_clip: float | None = _field(
+    dual_clip: float | None = field(
         None, "clipped: bound on the ratio where A < 0; null: none", low=1 + 1e-9
     )
-    threshold: float | None = _field(
+    threshold: float | None = field(
         None, "dppo: how far a token's probability may move; default: 0.2", low=0.0, high=1.0
     )
-    tau_positive: float | None = _field(
+    tau_positive: float | None = field(
         None, "sapo: temperature of the gate where A > 0; default: 1", low=1e-3
     )
-    tau_negative: float | None = _field(
+    tau_negative: float | None = field(
         None, "sapo: temperature of the gate where A < 0; default: 1.05", low=1e-3
     )
-    old_logprobs: Literal["sampler", "recompute"] = _field(
+    old_logprobs: Literal["sampler", "recompute"] = field(
         "sampler",
         "log-probabilities in the ratio's denominator: the sampler's or the trainer's own",
     )
-    importance_correction: Correction = _field(
+    importance_correction: Correction = field(
         "none", "of the sampler's log-probabilities against recomputed ones"
     )
-    correction_threshold: float = _field(
+    correction_threshold: float = field(
         2.0, "largest trainer/sampler ratio that the correction lets pass", low=1.0
     )
-    kl_coefficient: float = _field(
+    kl_coefficient: float = field(
         0.0, "of the KL to the model as RL began; 0: no reference model", low=0.0
     )
-    kl_estimator: Literal["kl_k2", "kl_k3", "kl_k3_straight_through"] = _field(
+    kl_estimator: Literal["kl_k2", "kl_k3", "kl_k3_straight_through"] = field(
         "kl_k3_straight_through", "estimator of the KL in the loss"
     )
-    entropy_coefficient: float = _field(0.0, "of the entropy bonus", low=0.0)
-    auxiliary_aggregation: Aggregation = _field(
+    entropy_coefficient: float = field(0.0, "of the entropy bonus", low=0.0)
+    auxiliary_aggregation: Aggregation = field(
         "token_mean", "aggregation of the KL and entropy terms"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class RlConfig:
-    steps: int = _field(100, "rollouts", low=0)
-    prompts_per_step: int = _field(16, "prompts of one rollout", low=1)
-    samples_per_prompt: int = _field(8, "responses to each prompt: the group", low=1)
-    updates_per_rollout: int = _field(1, "mini-batches, each one optimizer update", low=1)
-    epochs_per_rollout: int = _field(1, "passes over the rollout", low=1)
-    tokens_per_microbatch: int = _field(1024, "padded tokens at once; memory only", low=1)
-    pack: bool = _field(False, "several short responses to a row; speed and memory only")
-    optimizer: OptimizerConfig = _field(OptimizerConfig, "optimizer of the updates")
+    steps: int = field(100, "rollouts", low=0)
+    prompts_per_step: int = field(16, "prompts of one rollout", low=1)
+    samples_per_prompt: int = field(8, "responses to each prompt: the group", low=1)
+    updates_per_rollout: int = field(1, "mini-batches, each one optimizer update", low=1)
+    epochs_per_rollout: int = field(1, "passes over the rollout", low=1)
+    tokens_per_microbatch: int = field(1024, "padded tokens at once; memory only", low=1)
+    pack: bool = field(False, "several short responses to a row; speed and memory only")
+    optimizer: OptimizerConfig = field(OptimizerConfig, "optimizer of the updates")
 
     @property
     def updates(self) -> int:
@@ -277,40 +248,40 @@ class RlConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    every: int = _field(20, "RL steps between evaluations; 0: only before and after", low=0)
-    problems: int = _field(512, "held-out problems", low=1)
-    samples_per_problem: int = _field(1, "responses a problem: k of avg@k and pass@k", low=1)
-    temperature: float = _field(1.0, "sampling temperature; 0 is greedy", low=0.0)
-    rows: int = _field(16, "responses in the readable table of each evaluation", low=0)
+    every: int = field(20, "RL steps between evaluations; 0: only before and after", low=0)
+    problems: int = field(512, "held-out problems", low=1)
+    samples_per_problem: int = field(1, "responses a problem: k of avg@k and pass@k", low=1)
+    temperature: float = field(1.0, "sampling temperature; 0 is greedy", low=0.0)
+    rows: int = field(16, "responses in the readable table of each evaluation", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = _field(50, "RL steps between checkpoints; 0: only after each phase", low=0)
-    keep_last: int = _field(2, "newest checkpoints that are kept", low=1)
+    every: int = field(50, "RL steps between checkpoints; 0: only after each phase", low=0)
+    keep_last: int = field(2, "newest checkpoints that are kept", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One experiment."""
 
-    run: RunConfig = _field(RunConfig, "where results go")
-    seed: int = _field(0, "root of all randomness", low=0, high=2**31 - 1)
-    length_buckets: tuple[int, ...] | None = _field(
+    run: RunConfig = field(RunConfig, "where results go")
+    seed: int = field(0, "root of all randomness", low=0, high=2**31 - 1)
+    length_buckets: tuple[int, ...] | None = field(
         None,
         "padded lengths (prompt + response); default: each a quarter longer, to the longest row",
         low=1,
     )
-    task: TaskConfig = _field(TaskConfig, "what is learnt")
-    data: DataConfig = _field(DataConfig, "how prompts are written")
-    model: ModelConfig = _field(ModelConfig, "the network")
-    lora: LoraConfig = _field(LoraConfig, "low-rank adapters")
-    sft: SftConfig = _field(SftConfig, "supervised warm-up")
-    rollout: RolloutConfig = _field(RolloutConfig, "sampling")
-    objective: ObjectiveConfig = _field(ObjectiveConfig, "the loss")
-    rl: RlConfig = _field(RlConfig, "reinforcement learning")
-    evaluate: EvaluateConfig = _field(EvaluateConfig, "evaluation on held-out problems")
-    checkpoint: CheckpointConfig = _field(CheckpointConfig, "checkpoints")
+    task: TaskConfig = field(TaskConfig, "what is learnt")
+    data: DataConfig = field(DataConfig, "how prompts are written")
+    model: ModelConfig = field(ModelConfig, "the network")
+    lora: LoraConfig = field(LoraConfig, "low-rank adapters")
+    sft: SftConfig = field(SftConfig, "supervised warm-up")
+    rollout: RolloutConfig = field(RolloutConfig, "sampling")
+    objective: ObjectiveConfig = field(ObjectiveConfig, "the loss")
+    rl: RlConfig = field(RlConfig, "reinforcement learning")
+    evaluate: EvaluateConfig = field(EvaluateConfig, "evaluation on held-out problems")
+    checkpoint: CheckpointConfig = field(CheckpointConfig, "checkpoints")
 
     @property
     def bucket_edges(self) -> tuple[int, ...]:

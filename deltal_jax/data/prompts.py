@@ -2,14 +2,18 @@
 exactly."""
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 
 from deltal_jax.data.chat import encode_chat
-from deltal_jax.data.tokenizer import Tokenizer
+from deltal_jax.data.tokenizer import Tokenizer, train_text_tokenizer, train_word_tokenizer
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.base import Problem, Task
 from deltal_jax.types import Prompts
+
+#: Demonstrations that a tokenizer of free text is trained on.
+TOKENIZER_TEXTS = 300
 
 
 def training_problems(task: Task, seed: int, start: int, count: int) -> list[Problem]:
@@ -22,6 +26,15 @@ def prompt_ids(text: str, tokenizer: Tokenizer, *, chat: bool = False) -> list[i
     if chat:
         return encode_chat(tokenizer, [{"role": "user", "content": text}])
     return tokenizer.encode(text, bos=True)
+
+
+def train_tokenizer(task: Task) -> Tokenizer:
+    """One piece a word where the task has a closed vocabulary; else made from demonstrations."""
+    words = task.vocabulary()
+    if words is not None:
+        return train_word_tokenizer(words)
+    shown = islice(task.demonstrations(0), TOKENIZER_TEXTS)
+    return train_text_tokenizer([text for pair in shown for text in pair])
 
 
 def encode_prompts(

@@ -236,16 +236,37 @@ def read_settings(files: Mapping[str, bytes]) -> Settings:
 
 def train_word_tokenizer(words: list[str]) -> SentencePieceTokenizer:
     """A SentencePiece model with exactly one piece a word, for text separated by single spaces."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([" ".join(words)]),
-        model_writer=model,
+    return _train(
+        [" ".join(words)],
         model_type="word",
         vocab_size=len(words) + 4,
+        add_dummy_prefix=True,
+    )
+
+
+def train_text_tokenizer(texts: list[str], vocab_size: int = 1024) -> SentencePieceTokenizer:
+    """A SentencePiece model of free text, with at most so many pieces: any text has pieces, as it
+    falls back to bytes, and `decode` gives it back character by character."""
+    return _train(
+        texts,
+        model_type="unigram",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        user_defined_symbols=["\n"],
+        add_dummy_prefix=False,
+        max_sentence_length=100_000,
+    )
+
+
+def _train(texts: list[str], **options: Any) -> SentencePieceTokenizer:
+    """What both have in common: a text is kept as it is, and the same texts make the same model."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
         hard_vocab_limit=False,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        add_dummy_prefix=True,
         character_coverage=1.0,
         num_threads=1,
         pad_id=0,
@@ -253,6 +274,7 @@ def train_word_tokenizer(words: list[str]) -> SentencePieceTokenizer:
         eos_id=2,
         unk_id=3,
         minloglevel=2,
+        **options,
     )
     return SentencePieceTokenizer(model.getvalue())
 

@@ -10,10 +10,12 @@ Missing = Literal["timeout", "unparsed", "crash"]
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One prompt with what is needed to verify a response to it. `answer` is plain JSON data."""
+    """One prompt with what is needed to verify a response to it. `answer` is plain JSON data;
+    `task` names the part of a mixture that it comes from."""
 
     prompt: str
     answer: Any
+    task: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +44,9 @@ class Task(Protocol):
         """The task's name in metrics."""
         ...
 
-    def vocabulary(self) -> list[str]:
-        """Every word that prompts and responses are made of, for training a small tokenizer."""
+    def vocabulary(self) -> list[str] | None:
+        """Every word that prompts and responses are made of, for training a small tokenizer; None
+        where they are free text."""
         ...
 
     def problem(self, seed: int, position: int) -> Problem:
@@ -74,3 +77,10 @@ class VerifiesBatches(Protocol):
     def verify_batch(self, pairs: Sequence[tuple[str, Any]]) -> list[Verdict]:
         """The verdicts on (response, answer) pairs, in order."""
         ...
+
+
+def verify_all(task: Task, pairs: Sequence[tuple[str, Any]]) -> list[Verdict]:
+    """The verdicts on (response, answer) pairs, at once where the task can."""
+    if isinstance(task, VerifiesBatches):
+        return task.verify_batch(pairs)
+    return [task.verify(*pair) for pair in pairs]

@@ -78,7 +78,8 @@ class CountDown:
         if len(kept) < count:
             raise UserError(
                 f"task: too few of the problems with {self.numbers} numbers up to "
-                f"{self.max_number} are held out; raise task.max_number or task.numbers"
+                f"{self.max_number} are held out; raise task.countdown.max_number or "
+                "task.countdown.numbers"
             )
         return kept
 
@@ -97,7 +98,9 @@ class CountDown:
         numbers, target = [int(n) for n in match.group(1).split()], int(match.group(2))
         for value in (*numbers, target):
             if value > self.max_value:
-                raise UserError(f"problem: {value} is over task.max_value={self.max_value}")
+                raise UserError(
+                    f"problem: {value} is over task.countdown.max_value={self.max_value}"
+                )
         return _problem(numbers, target)
 
     def verify(self, response: str, answer: dict) -> Verdict:

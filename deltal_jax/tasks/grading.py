@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from deltal_jax.errors import UserError
-from deltal_jax.tasks.base import Missing, Problem, Task, Verdict, VerifiesBatches
+from deltal_jax.tasks.base import Missing, Problem, Task, Verdict, verify_all
+from deltal_jax.tasks.mixture import Mixture
 
 #: Why a reward is missing, by number.
 MISSING: tuple[Missing | None, ...] = (None, *typing.get_args(Missing))
@@ -42,7 +43,7 @@ class Grades:
     rewards: np.ndarray
     correct: np.ndarray
     verdicts: list[Verdict]
-    #: Every named reward apart, NaN where missing.
+    #: Every named reward apart, NaN where missing; of a mixture, also the total of each task.
     parts: dict[str, np.ndarray]
 
     @property
@@ -82,16 +83,14 @@ def grade(
     `correct` is always the task's own verdict, whatever the rewards are.
     """
     asked = zip(problems, responses, strict=True)
-    pairs = [(response, problem.answer) for problem, response in asked]
-    if isinstance(task, VerifiesBatches):
-        verdicts = task.verify_batch(pairs)
-    else:
-        verdicts = [task.verify(*pair) for pair in pairs]
+    verdicts = verify_all(task, [(response, problem.answer) for problem, response in asked])
     parts: dict[str, np.ndarray] = {}
-    if any(isinstance(item, Reward) and item.name == task.name for item in rewards):
-        raise UserError(
-            f"rewards: {task.name!r} is the task's own name; call Reward(…, name=…) else"
-        )
+    taken = [task.name, *(task.parts if isinstance(task, Mixture) else ())]
+    for item in rewards:
+        if isinstance(item, Reward) and item.name in taken:
+            raise UserError(
+                f"rewards: {item.name!r} is the task's own name; call Reward(…, name=…) else"
+            )
     total = np.zeros(len(responses), np.float64)
     for item in rewards:
         if isinstance(item, str):
@@ -100,6 +99,9 @@ def grade(
             name, weight, values = item.name, item.weight, _call(item, problems, responses)
         parts[name] = np.asarray([math.nan if v is None else v for v in values], np.float64)
         total += weight * parts[name]
+    if isinstance(task, Mixture):
+        of = np.asarray([problem.task for problem in problems])
+        parts |= {name: np.where(of == name, total, math.nan) for name in task.parts}
     return Grades(
         rewards=total.astype(np.float32),
         correct=np.asarray([verdict.correct for verdict in verdicts]),

@@ -13,6 +13,7 @@ from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.tasks.base import Problem
 from deltal_jax.tasks.grading import Grades, grade
 from deltal_jax.training.collect import response_texts
+from deltal_jax.training.groups import rows_of
 from deltal_jax.training.setup import Setup, encode_problems
 
 #: Keeps evaluation draws apart from training draws of the same root key.
@@ -46,11 +47,15 @@ def evaluate(setup: Setup, engine: RolloutEngine, params: Any, key: jax.Array) -
     asked = [problems[group] for group in rollout.group_ids]
     grades = grade(setup.task, asked, responses)
     lengths = rollout.response_lengths
-    metrics = accuracy_metrics(grades, len(problems), config.samples_per_problem) | {
-        "length": float(np.mean(lengths)),
-        "truncated_frac": float(np.mean(rollout.truncated)),
-        "distinct": float(len({_identity(problem) for problem in problems})),
-    }
+    metrics: dict[str, float] = {}
+    for name, numbers in _by_task(setup.task.name, problems).items():
+        which = rows_of(numbers, config.samples_per_problem)
+        found = accuracy_metrics(_take(grades, which), len(numbers), config.samples_per_problem) | {
+            "length": float(np.mean(lengths[which])),
+            "truncated_frac": float(np.mean(rollout.truncated[which])),
+            "distinct": float(len({_identity(problems[i]) for i in numbers})),
+        }
+        metrics |= {f"eval/{name}/{k}": v for k, v in found.items()}
     rows = [
         {
             "prompt": problem.prompt,
@@ -66,7 +71,19 @@ def evaluate(setup: Setup, engine: RolloutEngine, params: Any, key: jax.Array) -
             asked, responses, grades.verdicts, lengths, rollout.truncated, strict=True
         )
     ]
-    return Evaluation({f"eval/{setup.task.name}/{k}": v for k, v in metrics.items()}, rows)
+    return Evaluation(metrics, rows)
+
+
+def _by_task(name: str, problems: list[Problem]) -> dict[str, np.ndarray]:
+    """The numbers of all problems under the task's name, and of a mixture each part's before."""
+    parts = sorted({problem.task for problem in problems} - {""})
+    found = {part: [i for i, p in enumerate(problems) if p.task == part] for part in parts}
+    return {k: np.asarray(v) for k, v in (found | {name: list(range(len(problems)))}).items()}
+
+
+def _take(grades: Grades, rows: np.ndarray) -> Grades:
+    verdicts = [grades.verdicts[row] for row in rows]
+    return Grades(grades.rewards[rows], grades.correct[rows], verdicts, {})
 
 
 def accuracy_metrics(grades: Grades, problems: int, samples: int) -> dict[str, float]:
@@ -114,5 +131,6 @@ def _majority(answers: list[str], correct: np.ndarray) -> float:
 
 def _identity(problem: Problem) -> str:
     """A problem up to the order of what it gives."""
-    answer = {k: sorted(v) if isinstance(v, list) else v for k, v in dict(problem.answer).items()}
+    given = problem.answer["answer"] if problem.task else problem.answer
+    answer = {k: sorted(v) if isinstance(v, list) else v for k, v in dict(given).items()}
     return json.dumps(answer, sort_keys=True)

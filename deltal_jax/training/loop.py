@@ -27,7 +27,7 @@ from deltal_jax.training.checkpoint import Checkpoints, Position
 from deltal_jax.training.collect import Collected, RolloutStream
 from deltal_jax.training.objective import minibatch_ids, reject, weigh
 from deltal_jax.training.optimizer import learning_rate
-from deltal_jax.training.run import Run, check_profile, create_run, reopen_run
+from deltal_jax.training.run import Run, check_profile, choose_rewards, create_run, reopen_run
 from deltal_jax.training.setup import Setup, init_params, make_engine, make_update
 from deltal_jax.training.sft import demonstration_batches
 from deltal_jax.training.step import NonFiniteLoss, Update
@@ -79,14 +79,15 @@ def train(
     started = time.monotonic()
     enable_compile_cache()
     overrides = dict(overrides or {})
-    wanted = as_rewards(rewards)
+    wanted = None if rewards is None else as_rewards(rewards)
     display = ProgressDisplay(quiet=quiet)
     if resume:
         name = None if experiment is None else str(experiment)
         folder, setup = reopen_run(name, overrides, wanted, display)
     else:
-        folder, setup = create_run(experiment, overrides, profile)
+        folder, setup = create_run(experiment, overrides, wanted, profile)
     config = setup.config
+    wanted = choose_rewards(config, wanted)
     check_profile(profile, config)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep_last)
     newest = checkpoints.newest() if resume else None
@@ -296,9 +297,10 @@ def rollout_logprobs(update: Update, params: Any, rollout: Rollout, **layout: An
 
 
 def _finish(run: Run, step: int, status: str, seconds: float) -> TrainResult:
+    prefix = f"eval/{run.setup.task.name}/"
     evaluations = [line for line in load_metrics(run.folder / FILE_NAME) if line["phase"] == "eval"]
     figures = [
-        {k.rsplit("/", 1)[-1]: v for k, v in line.items() if k.startswith("eval/")}
+        {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
         | {"step": line["step"]}
         for line in evaluations
     ]

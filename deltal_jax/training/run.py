@@ -18,7 +18,8 @@ from deltal_jax.errors import UserError
 from deltal_jax.metrics import MetricsWriter
 from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.base import RolloutEngine
-from deltal_jax.tasks.grading import Reward
+from deltal_jax.tasks.files import load_rewards, pin_files
+from deltal_jax.tasks.grading import Reward, as_rewards
 from deltal_jax.training import run_folder
 from deltal_jax.training.ahead import Ahead
 from deltal_jax.training.checkpoint import Checkpoints, Position
@@ -135,7 +136,7 @@ class Run:
 
     def resume_command(self) -> str:
         """What to type to go on; a run with its own rewards goes on from Python."""
-        if list(self.rewards) == ["task"]:
+        if list(self.rewards) == ["task"] or self.setup.config.task.rewards is not None:
             return f"deltal train run.dir={self.folder} --resume"
         overrides = {"run.dir": str(self.folder)}
         return f"deltal_jax.train(None, {overrides}, rewards=…the same…, resume=True)"
@@ -184,12 +185,17 @@ class Run:
 
 
 def create_run(
-    experiment: str | Path | None, overrides: dict[str, Any], profile: tuple[int, int] | None
+    experiment: str | Path | None,
+    overrides: dict[str, Any],
+    rewards: Sequence[Reward | str] | None,
+    profile: tuple[int, int] | None,
 ) -> tuple[Path, Setup]:
     """A new run: checked as a whole before its folder is made."""
     if experiment is None:
         raise UserError("config: name an experiment; `deltal configs` lists them")
     config = pin_checkpoint(load_config(experiment, overrides))
+    config = dataclasses.replace(config, task=pin_files(config.task))
+    choose_rewards(config, rewards)
     check_profile(profile, config)
     run_folder.check_run_folder(config)
     setup = make_setup(config)
@@ -202,12 +208,12 @@ def create_run(
 def reopen_run(
     name: str | None,
     overrides: dict[str, Any],
-    rewards: Sequence[Reward | str],
+    rewards: Sequence[Reward | str] | None,
     display: ProgressDisplay,
 ) -> tuple[Path, Setup]:
     """A run to go on with: checked before anything in its folder changes."""
     folder, config = run_folder.reopen_run_folder(name, overrides, overrides.get("run.dir"))
-    _check_rewards(folder, rewards)
+    _check_rewards(folder, choose_rewards(config, rewards))
     if config.lora.rank:
         config = pin_checkpoint(config)
     saved = run_folder.model_files(folder)
@@ -219,6 +225,20 @@ def reopen_run(
     if saved is None:  # it was ended before it had them
         save_model_files(setup, folder / run_folder.MODEL)
     return folder, setup
+
+
+def choose_rewards(
+    config: Config, rewards: Sequence[Reward | str] | None
+) -> Sequence[Reward | str]:
+    """Those that a caller gives, or else those that the config names.
+
+    Raises UserError where there are both, or where the config's cannot be loaded.
+    """
+    if rewards is None:
+        return as_rewards(load_rewards(config.task.rewards))
+    if config.task.rewards is not None:
+        raise UserError("rewards: task.rewards names some, too; leave out one of the two")
+    return rewards
 
 
 def check_profile(profile: tuple[int, int] | None, config: Config) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from deltal_jax.config import Config, TaskConfig
-from deltal_jax.data.prompts import encode_prompts
-from deltal_jax.data.tokenizer import Tokenizer, read_tokenizer, train_word_tokenizer
+from deltal_jax.config import Config
+from deltal_jax.data.prompts import encode_prompts, train_tokenizer
+from deltal_jax.data.tokenizer import Tokenizer, read_tokenizer
 from deltal_jax.errors import UserError
 from deltal_jax.model import huggingface
 from deltal_jax.model.architecture import Architecture
@@ -36,37 +36,18 @@ from deltal_jax.rollout.http import HttpEngine
 from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.rollout.stream import Streamer
 from deltal_jax.tasks.base import Problem, Task
-from deltal_jax.tasks.countdown import CountDown
-from deltal_jax.tasks.math import Math
+from deltal_jax.tasks.catalog import make_task
+from deltal_jax.tasks.files import load_rewards
 from deltal_jax.training.describe import sampling_parts
 from deltal_jax.training.objective import make_loss
 from deltal_jax.training.optimizer import make_optimizer
 from deltal_jax.training.step import SUPERVISED, Update
 from deltal_jax.types import Prompts
 
-
-def _countdown(task: TaskConfig) -> Task:
-    return CountDown(task.numbers, task.max_number, task.max_value)
-
-
-def _math(task: TaskConfig) -> Task:
-    options = task.math
-    assert options.train is not None and options.eval is not None  # by the config's rules
-    return Math(
-        options.train,
-        options.eval,
-        verifier=options.verifier,
-        template=options.template,
-        workers=options.workers,
-    )
-
-
 #: Beside a run's tokenizer, where it has adapters.
 BASE = "base.json"
 #: In a run's folder, unless the config names another: weights for a server that samples.
 SERVED = "served"
-#: What `task.name` may name.
-TASKS: dict[str, Callable[[TaskConfig], Task]] = {"countdown": _countdown, "math": _math}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +79,14 @@ def pin_checkpoint(config: Config) -> Config:
 def make_setup(config: Config, saved: Path | None = None) -> Setup:
     """The parts that a config names. The tokenizer and the shape of the model come from the folder
     `saved` that `save_model_files` made, from that of `model.path`, or are made anew."""
-    task = make_task(config)
+    task = make_task(config.task)
     checkpoint_config = None
     folder = saved
     if config.model.path is not None:
         folder = saved or find_checkpoint(config.model.path, config.model.revision)
         checkpoint_config = huggingface.read_config(folder)
     if folder is None:
-        tokenizer: Tokenizer = train_word_tokenizer(task.vocabulary())
+        tokenizer: Tokenizer = train_tokenizer(task)
     else:
         tokenizer = read_tokenizer(folder)
     architecture = make_architecture(config, tokenizer.vocab_size, checkpoint_config)
@@ -130,9 +111,11 @@ def save_model_files(setup: Setup, folder: Path) -> None:
 
 def check_setup(setup: Setup, *, weights: bool = True) -> None:
     """Raises UserError for what only the parts can tell: no held-out problem, too long a prompt or
-    response, an option that the surrogate does not take, weights that do not fit."""
+    response, an option that the surrogate does not take, rewards that cannot be loaded, weights
+    that do not fit."""
     config = setup.config
     make_loss(config)
+    load_rewards(config.task.rewards)
     make_sampling_mesh(config)
     if config.model.path is not None and weights:
         base = dataclasses.replace(setup.architecture, lora=None)
@@ -162,11 +145,6 @@ def encode_problems(setup: Setup, problems: Sequence[Problem], start: int = 0) -
         start,
         chat=config.data.chat_template,
     )
-
-
-def make_task(config: Config) -> Task:
-    """The task of a config."""
-    return TASKS[config.task.name](config.task)
 
 
 def make_architecture(

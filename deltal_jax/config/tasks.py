@@ -1,0 +1,62 @@
+"""The fields of the tasks: a section for each that has any."""
+
+import dataclasses
+from typing import Literal
+
+from deltal_jax.config.declare import field
+
+
+@dataclasses.dataclass(frozen=True)
+class CountDownConfig:
+    numbers: int = field(3, "how many numbers a problem gives", low=2, high=6)
+    max_number: int = field(9, "largest given number", low=2, high=100)
+    max_value: int = field(60, "largest target and intermediate value", low=4, high=1000)
+
+
+@dataclasses.dataclass(frozen=True)
+class MathConfig:
+    train: str | None = field(
+        None, "file of problems to train on: .json, .jsonl or .parquet in a published format"
+    )
+    eval: tuple[str, ...] | None = field(None, "files of problems to evaluate on")
+    verifier: Literal["math_verify", "reference"] = field(
+        "math_verify", "who judges: the math-verify package, or the rules of the paper's code"
+    )
+    template: str = field(
+        "boxed", "prompt: plain, boxed, user_assistant, or a text file that has {problem}"
+    )
+    workers: int = field(2, "processes that judge", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PathsConfig:
+    nodes: int = field(10, "nodes of a graph", low=3, high=26)
+    edges: int = field(16, "directed edges of a graph", low=2, high=100)
+    distance: int = field(3, "edges between start and goal at least", low=1, high=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    name: str = field(
+        "countdown",
+        "which task to train on: countdown, math, paths, mixture, one of reasoning-gym's such as "
+        "knights_knaves, or file.py:Class",
+    )
+    countdown: CountDownConfig = field(CountDownConfig, "where task.name is countdown")
+    math: MathConfig = field(MathConfig, "where task.name is math")
+    paths: PathsConfig = field(PathsConfig, "where task.name is paths")
+    procedural: dict[str, dict[str, float]] | None = field(
+        None, "options of reasoning-gym's generators, such as {sudoku: {max_empty: 40}}"
+    )
+    mixture: dict[str, float] | None = field(
+        None, "where task.name is mixture: weights, such as {countdown: 0.7, paths: 0.3}"
+    )
+    rewards: tuple[str, ...] | None = field(
+        None, "what is maximised: task, file.py:function, 0.1 * file.py:function; null: [task]"
+    )
+
+
+#: Sections of tasks, by the name of the task.
+SECTIONS = tuple(
+    f.name for f in dataclasses.fields(TaskConfig) if dataclasses.is_dataclass(f.default_factory)
+)

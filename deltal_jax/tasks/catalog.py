@@ -1,0 +1,71 @@
+"""Every task by its name in a config."""
+
+from collections.abc import Callable
+
+from deltal_jax.config import TaskConfig
+from deltal_jax.errors import UserError
+from deltal_jax.objective.names import unknown_name
+from deltal_jax.tasks.base import Task
+from deltal_jax.tasks.countdown import CountDown
+from deltal_jax.tasks.files import load_object
+from deltal_jax.tasks.math import Math
+from deltal_jax.tasks.mixture import Mixture
+from deltal_jax.tasks.paths import Paths
+from deltal_jax.tasks.procedural import KINDS
+from deltal_jax.tasks.procedural.generated import Generated
+
+
+def make_task(config: TaskConfig) -> Task:
+    """The task that the config names. Raises UserError if there is none."""
+    return _named(config.name, config)
+
+
+def _named(name: str, config: TaskConfig) -> Task:
+    if name in TASKS:
+        return TASKS[name](config)
+    if name in KINDS:
+        options = (config.procedural or {}).get(name, {})
+        return Generated(name, {k: int(v) if v == int(v) else v for k, v in options.items()})
+    if ".py:" in name:
+        return load_object(name, "task.name")()
+    raise UserError(unknown_name("task.name", name, [*TASKS, *KINDS]))
+
+
+def _countdown(config: TaskConfig) -> Task:
+    options = config.countdown
+    return CountDown(options.numbers, options.max_number, options.max_value)
+
+
+def _math(config: TaskConfig) -> Task:
+    options = config.math
+    assert options.train is not None and options.eval is not None  # by the config's rules
+    return Math(
+        options.train,
+        options.eval,
+        verifier=options.verifier,
+        template=options.template,
+        workers=options.workers,
+    )
+
+
+def _paths(config: TaskConfig) -> Task:
+    options = config.paths
+    return Paths(options.nodes, options.edges, options.distance)
+
+
+def _mixture(config: TaskConfig) -> Task:
+    weights = {name: weight for name, weight in (config.mixture or {}).items() if weight > 0}
+    if not weights or "mixture" in weights:
+        raise UserError(
+            "task.mixture: name tasks with their weights, such as {countdown: 0.7, paths: 0.3}"
+        )
+    return Mixture([(_named(name, config), weight) for name, weight in weights.items()])
+
+
+#: What `task.name` may name, beside the procedural `KINDS` and file.py:Class.
+TASKS: dict[str, Callable[[TaskConfig], Task]] = {
+    "countdown": _countdown,
+    "math": _math,
+    "paths": _paths,
+    "mixture": _mixture,
+}

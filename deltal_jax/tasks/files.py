@@ -1,0 +1,72 @@
+"""People's own tasks and rewards, from Python files."""
+
+import dataclasses
+import importlib.util
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deltal_jax.config import TaskConfig
+from deltal_jax.errors import UserError
+from deltal_jax.tasks.grading import Reward
+
+_REWARD = re.compile(r"(?:([-+]?\d+(?:\.\d+)?)\s*\*\s*)?(.+\.py:\w+)", re.DOTALL)
+
+
+def load_rewards(names: Sequence[str] | None) -> list[Reward | str]:
+    """What the field `task.rewards` names: "task", or functions in files with their weights."""
+    rewards: list[Reward | str] = []
+    for name in names or ("task",):
+        match = _REWARD.fullmatch(name.strip())
+        if name.strip() == "task":
+            rewards.append("task")
+        elif match is None:
+            raise UserError(
+                f"task.rewards: {name!r} is not task, file.py:function or 0.1 * file.py:function"
+            )
+        else:
+            weight = float(match[1] or 1.0)
+            rewards.append(Reward(load_object(match[2], "task.rewards"), weight=weight))
+    return rewards
+
+
+def pin_files(task: TaskConfig) -> TaskConfig:
+    """The config with whole paths, so that it means the same in another folder."""
+    mixture = {absolute(name): weight for name, weight in (task.mixture or {}).items()}
+    rewards = tuple(absolute(name) for name in task.rewards or ())
+    return dataclasses.replace(
+        task, name=absolute(task.name), mixture=mixture or None, rewards=rewards or None
+    )
+
+
+def absolute(name: str) -> str:
+    """`0.1 * file.py:name` with the file's whole path; any other name as it is."""
+    match = _REWARD.fullmatch(name.strip())
+    if match is None:
+        return name
+    path, _, attribute = match[2].rpartition(":")
+    whole = f"{Path(path).expanduser().absolute()}:{attribute}"
+    return f"{match[1]} * {whole}" if match[1] else whole
+
+
+def load_object(name: str, field: str) -> Any:
+    """The function or class of `path/to/file.py:name`. It runs the file, as an import would."""
+    path, _, attribute = name.rpartition(":")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{field}: no file {path}")
+    module_name = f"deltal_jax_file_{file.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    assert spec is not None and spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{field}: {path} fails: {type(error).__name__}: {error}") from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise UserError(f"{field}: {path} has no function or class {attribute!r}")
+    return found

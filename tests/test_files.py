@@ -1,0 +1,125 @@
+"""People's own tasks and rewards, from their files."""
+
+import dataclasses
+
+import pytest
+
+from deltal_jax import train
+from deltal_jax.config import TaskConfig, load_config
+from deltal_jax.errors import UserError
+from deltal_jax.metrics import load_metrics
+from deltal_jax.tasks.catalog import make_task
+from deltal_jax.tasks.files import absolute, load_object, load_rewards, pin_files
+from deltal_jax.training.run import choose_rewards
+from deltal_jax.training.run_folder import load_run_config
+from deltal_jax.training.setup import check_setup, make_setup
+from tests.test_loop import SMALL
+
+SOURCE = '''
+import dataclasses
+from deltal_jax.tasks.base import Problem, Verdict
+
+def length(prompts, responses, answers):
+    """In words."""
+    return [float(len(response.split())) for response in responses]
+
+@dataclasses.dataclass(frozen=True)
+class Echo:
+    name: str = "echo"
+
+    def vocabulary(self):
+        return ["a", "b"]
+
+    def problem(self, seed, position):
+        return Problem("ab"[position % 2], position)
+
+    def verify(self, response, answer):
+        right = response == "ab"[answer % 2]
+        return Verdict(float(right), right, "")
+
+three = 3
+'''
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE, encoding="utf-8")
+    return path
+
+
+def test_a_task_is_a_class_in_a_file(file):
+    task = make_task(load_config("countdown-tiny", {"task.name": f"{file}:Echo"}).task)
+    assert (task.name, task.vocabulary()) == ("echo", ["a", "b"])
+    assert task.verify("b", task.problem(0, 1).answer).correct
+    mixed = {"task.name": "mixture", "task.mixture": {"mine.py:Echo": 1.0, "paths": 1.0}}
+    tree = load_config("countdown-tiny", {"task.name": "mixture"})
+    config = dataclasses.replace(tree.task, mixture=mixed["task.mixture"])
+    names = make_task(config).vocabulary()
+    assert names is not None
+    assert {"a", "b", "a>b"} <= set(names)
+
+
+def test_rewards_are_functions_in_files_with_weights(file):
+    task, plain, weighted = load_rewards(["task", f"{file}:length", "-0.5 * mine.py:length"])
+    assert task == "task"
+    assert not isinstance(plain, str) and not isinstance(weighted, str)
+    assert (plain.name, plain.weight, weighted.weight) == ("length", 1.0, -0.5)
+    assert plain.fn(["p"], ["a b c"], [None]) == [3.0]
+    assert load_rewards(None) == ["task"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("tusk", "'tusk' is not task, file.py:function or 0.1 * file.py:function"),
+        ("0.5 * task", "'0.5 * task' is not task"),
+        ("none.py:length", "no file none.py"),
+        ("mine.py:missing", "mine.py has no function or class 'missing'"),
+        ("mine.py:three", "mine.py has no function or class 'three'"),
+        ("broken.py:length", "broken.py fails: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_in_one_line(file, name, expected):
+    file.with_name("broken.py").write_text("1 / 0\n", encoding="utf-8")
+    with pytest.raises(UserError) as refused:
+        load_rewards([name])
+    assert str(refused.value).startswith(f"task.rewards: {expected}")
+    assert "\n" not in str(refused.value)
+
+
+def test_paths_are_whole_in_what_is_saved(file):
+    assert absolute("task") == "task"
+    assert absolute("mine.py:length") == f"{file}:length"
+    assert absolute("0.5*mine.py:length") == f"0.5 * {file}:length"
+    config = TaskConfig(name="mine.py:Echo", rewards=("task", "mine.py:length"))
+    pinned = pin_files(config)
+    assert (pinned.name, pinned.rewards) == (f"{file}:Echo", ("task", f"{file}:length"))
+    assert pin_files(pinned) == pinned
+    assert pin_files(TaskConfig()) == TaskConfig()
+    assert load_object(pinned.name, "task.name")().name == "echo"
+
+
+def test_a_run_maximises_what_its_config_names_and_resumes_with_it(file, monkeypatch):
+    folder = file.parent / "run"
+    small = {"sft.steps": 0, "rl.steps": 1, "rl.prompts_per_step": 2, "rl.samples_per_prompt": 2}
+    rewards = {"task.rewards": ["task", "0.5 * mine.py:length"], "run.tensorboard": False}
+    options = SMALL | small | rewards | {"run.dir": str(folder), "evaluate.problems": 4}
+    train("countdown-tiny", options | {"run.report": False}, quiet=True)
+    assert load_run_config(folder).task.rewards == ("task", f"0.5 * {file}:length")
+    monkeypatch.chdir("/")
+    train(None, {"run.dir": str(folder), "rl.steps": 2}, resume=True, quiet=True)
+    lines = [line for line in load_metrics(folder / "metrics.jsonl") if line["phase"] == "rl"]
+    assert len(lines) == 2
+    for line in lines:
+        whole = line["reward/countdown/mean"] + 0.5 * line["reward/length/mean"]
+        assert line["reward/mean"] == pytest.approx(whole, rel=1e-5)
+    with pytest.raises(UserError, match=r"^rewards: task\.rewards names some, too"):
+        choose_rewards(load_run_config(folder), ["task"])
+
+
+def test_a_setup_whose_rewards_cannot_be_loaded_is_refused(file):
+    config = load_config("countdown-tiny", SMALL | {"task.rewards": ["none.py:length"]})
+    with pytest.raises(UserError, match=r"^task\.rewards: no file none\.py$"):
+        check_setup(make_setup(config))
