@@ -11,11 +11,13 @@ Missing = Literal["timeout", "unparsed", "crash"]
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One prompt with what is needed to verify a response to it. `answer` is plain JSON data;
-    `task` names the part of a mixture that it comes from."""
+    `task` names the part of a mixture that it comes from, `dataset` the data set that a held-out
+    problem is of, where the task has several."""
 
     prompt: str
     answer: Any
     task: str = ""
+    dataset: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

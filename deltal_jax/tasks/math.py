@@ -1,5 +1,6 @@
 r"""Math: problems from files, answers in \boxed{}, judged in worker processes (`workers.py`)."""
 
+import dataclasses
 import functools
 import importlib.util
 import random
@@ -96,7 +97,10 @@ class Math:
 
     def held_out(self, count: int) -> list[Problem]:
         """The first `count` of the evaluation files, or all where they have fewer."""
-        return [self._problem(example) for example in self._held_out[:count]]
+        return [
+            dataclasses.replace(self._problem(example), dataset=example.source)
+            for example in self._held_out[:count]
+        ]
 
     def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:
         position = 0
