@@ -12,7 +12,13 @@ from deltal_jax.objective.logprobs import token_logprobs
 from deltal_jax.rollout.results import assemble, begin
 from deltal_jax.tasks.grading import Reward
 from deltal_jax.training.collect import RolloutStream, response_texts
-from deltal_jax.training.setup import encode_problems, init_params, make_engine, make_setup
+from deltal_jax.training.setup import (
+    draw_training,
+    encode_problems,
+    init_params,
+    make_engine,
+    make_setup,
+)
 from tests.fakes import chain_setup, forward
 
 OPTIONS = {
@@ -215,7 +221,7 @@ def test_without_options_a_batch_is_one_call_of_the_sampler(collected):
     engine = make_engine(setup, temperature=1.0)
     key = jax.random.key(0, impl="threefry2x32")
     params = init_params(setup, jax.random.key(3))
-    prompts = encode_problems(setup, [setup.task.problem(0, 12 + i) for i in range(4)], 12)
+    prompts = draw_training(setup, 12, 4).prompts
     rollout, _ = engine.generate(params, prompts, key, samples=4, step=3)
     jax.tree.map(np.testing.assert_array_equal, batches[1].rollout, rollout)
     assert not [

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from deltal_jax.errors import UserError
@@ -28,24 +29,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert; the exit code."""
-    from deltal_jax.tasks.math_data import read_examples
+    from deltal_jax.data.rows import open_rows
+    from deltal_jax.tasks.math_data import Dropped, stream_examples
 
     target = Path(arguments.target)
     if target.suffix != ".jsonl":
         raise UserError(f"--to: {target} does not end in .jsonl")
     if target.exists():
         raise UserError(f"--to: {target} exists; name a new file")
-    examples, dropped = read_examples(Path(arguments.source), "--from")
-    lines = [json.dumps(example.row() | {"source": arguments.name}) + "\n" for example in examples]
+    rows, dropped, count = open_rows(Path(arguments.source), "--from"), Dropped(), 0
+    # Under another name until it is whole.
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        target.write_text("".join(lines), encoding="utf-8")
+        with partial.open("x", encoding="utf-8") as file:
+            for example in stream_examples(rows, dropped, "--from"):
+                file.write(json.dumps(example.row() | {"source": arguments.name}) + "\n")
+                count += 1
+        partial.rename(target)
     except OSError as error:
         raise UserError(f"--to: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
     if arguments.json:
-        found = {"problems": len(examples), "dropped": dropped.counts, "first": dropped.first}
+        found = {"problems": count, "dropped": dropped.counts, "first": dropped.first}
         print(json.dumps(found, ensure_ascii=False))
         return 0
-    print(f"{target}: {len(examples)} problems, {dropped.counts.total()} rows dropped")
+    print(f"{target}: {count} problems, {dropped.counts.total()} rows dropped")
     for reason, count in dropped.counts.most_common():
         print(f"  {count:>7}  {reason}\n           first {dropped.first[reason]}")
     return 0

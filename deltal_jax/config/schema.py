@@ -50,7 +50,12 @@ class RunConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     chat_template: bool = field(
-        False, "put prompts into the tokenizer's chat template, as a user's message"
+        False,
+        "put prompts into the tokenizer's chat template: messages of the data as they are, text as "
+        "a user's message",
+    )
+    overlong_prompts: Literal["drop", "error"] = field(
+        "drop", "training prompts over rollout.max_prompt_length: leave out and count, or stop"
     )
 
 

@@ -32,10 +32,11 @@ class Mixture:
             words |= dict.fromkeys(own)
         return list(words)
 
-    def problem(self, seed: int, position: int) -> Problem:
+    def problem(self, seed: int, position: int) -> Problem | None:
         rng = random.Random(f"mixture/train/{seed}/{position}")
         name = self._draw(rng)
-        return _tagged(name, self.parts[name].problem(seed, position))
+        problem = self.parts[name].problem(seed, position)
+        return None if problem is None else _tagged(name, problem)
 
     def held_out(self, count: int) -> list[Problem]:
         """Each task's own, as many as its weight says; the largest remainders round up."""

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltal_jax.data.prompts import training_problems
+from deltal_jax.data.prompts import Drop, problems_at
 from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.rollout.results import assemble, begin, join, take
 from deltal_jax.rollout.schedule import RolloutStats
-from deltal_jax.tasks.base import Problem
+from deltal_jax.tasks.base import files_of
 from deltal_jax.tasks.grading import Reward, grade
 from deltal_jax.training.groups import (
     Groups,
@@ -27,7 +27,7 @@ from deltal_jax.training.groups import (
     rows_of,
     take_groups,
 )
-from deltal_jax.training.setup import Setup, encode_problems
+from deltal_jax.training.setup import Setup, draw_training
 from deltal_jax.types import Prompts, Responses, Rollout
 
 
@@ -84,6 +84,7 @@ class RolloutStream:
         self.next_prompt, self.carried = next_prompt, carried
         # A copy: the state that it is part of is given away to every update.
         self._key, self._rewards = jnp.copy(key), rewards
+        self._dropped: dict[int, Drop] = {}  # positions of this step without a prompt
 
     def next(self, params: Any, step: int) -> Collected:
         """The batch of an RL step (counted from 0), sampled by `params`. Where that fails, the
@@ -93,6 +94,7 @@ class RolloutStream:
             return self._next(params, step)
         except BaseException:
             self.next_prompt, self.carried = before
+            self._dropped = {}
             raise
 
     def _next(self, params: Any, step: int) -> Collected:
@@ -104,7 +106,7 @@ class RolloutStream:
         chosen = choose(np.asarray(found.good), rl.prompts_per_step)
         batch = take_groups(groups, chosen, samples)
         unused = self._keep()
-        metrics = batch.metrics | _utilization(found.rounds)
+        metrics = batch.metrics | _utilization(found.rounds) | self._data_metrics()
         if options.dynamic_sampling != "none":
             everything = groups.metrics
             metrics |= {
@@ -159,17 +161,18 @@ class RolloutStream:
             needed = None
             count = math.ceil(min(missing * max(options.oversampling, 1 / max(share, 1e-9)), room))
         if (more := count - _count(self.carried)) > 0:
-            problems = self._problems(self.next_prompt, more)
+            drawn = draw_training(self.setup, self.next_prompt, more)
             fresh = begin(
                 self.engine.options,
-                encode_problems(self.setup, problems, self.next_prompt),
+                drawn.prompts,
                 self._key,
                 samples=rl.samples_per_prompt,
                 step=step,
                 round_=round_,
             )
             self.carried = fresh if self.carried is None else join(self.carried, fresh)
-            self.next_prompt += more
+            self.next_prompt = drawn.next_position
+            self._dropped |= drawn.dropped
         assert self.carried is not None
         self.carried, stats = self.engine.sample(params, self.carried, needed=needed, room=room)
         return stats
@@ -197,16 +200,28 @@ class RolloutStream:
             return count
         begun = self.carried.group_ids[self.carried.lengths > 0]
         kept = int(begun[-1]) + 1 if len(begun) else 0
+        if kept < count:  # the turn of the others comes again
+            self.next_prompt = int(self.carried.prompts.positions[kept])
         self.carried = take(self.carried, np.arange(kept)) if kept else None
-        self.next_prompt -= count - kept  # their turn comes again
         return 0
 
-    def _problems(self, start: int, count: int) -> list[Problem]:
-        return training_problems(self.setup.task, self.setup.config.seed, start, count)
+    def _data_metrics(self) -> dict[str, float]:
+        """How far the run is in its data, and what it left out on the way; both only of tasks that
+        read files, and what was left out of any task that has such."""
+        left_out = [why for at, why in self._dropped.items() if at < self.next_prompt]
+        self._dropped = {}
+        files = files_of(self.setup.task)
+        found = {
+            "data/dropped_rows": float(left_out.count("row")),
+            "data/dropped_prompts": float(left_out.count("overlong")),
+        }
+        if len(files) == 1 and self.setup.task.name in files:
+            found["data/epoch"] = self.next_prompt / files[self.setup.task.name].rows()
+        return found if files or left_out else {}
 
     def _grade(self, responses: Responses) -> Groups:
         rollout, positions = assemble(responses), responses.prompts.positions
-        problems = self._problems(int(positions[0]), len(positions))
+        problems = problems_at(self.setup.task, self.setup.config.seed, positions)
         asked = [problems[group] for group in rollout.group_ids]
         texts = response_texts(self.setup, rollout)
         grades = grade(self.setup.task, asked, texts, self._rewards)

@@ -187,8 +187,9 @@ def batch_arithmetic(config: Config) -> dict[str, int]:
 
 
 def describe_task(task: Task) -> str:
-    """What a task found in its files; empty where it has none."""
-    return getattr(task, "summary", "")
+    """What a task, or each part of a mixture, found in its files; empty where it has none."""
+    parts = getattr(task, "parts", {task.name: task}).values()
+    return "\n".join(part.summary for part in parts if getattr(part, "summary", ""))
 
 
 def describe_model(config: Config, arch: Architecture) -> str:

@@ -18,6 +18,7 @@ from deltal_jax.errors import UserError
 from deltal_jax.metrics import MetricsWriter
 from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.base import RolloutEngine
+from deltal_jax.tasks.base import Task, files_of
 from deltal_jax.tasks.files import load_rewards, pin_files
 from deltal_jax.tasks.grading import Reward, as_rewards
 from deltal_jax.training import run_folder
@@ -97,6 +98,7 @@ class Run:
         facts = {
             "formula": said,
             "rewards": _reward_names(self.rewards),
+            "data": data_fingerprint(self.setup.task),
             "environment": {
                 "jax": jax.__version__,
                 "backend": f"{jax.default_backend()} × {jax.device_count()}",
@@ -219,6 +221,7 @@ def reopen_run(
     saved = run_folder.model_files(folder)
     setup = make_setup(config, saved)
     check_setup(setup, weights=setup.architecture.lora is not None)
+    _check_data(folder, setup.task)
     if name is not None and (drift := run_folder.drifted_fields(name, config)):
         display.say(f"note: the run's own config holds, {name} differs in {', '.join(drift)}")
     run_folder.write_text(folder / run_folder.CONFIG, dump_config(config))
@@ -245,6 +248,35 @@ def check_profile(profile: tuple[int, int] | None, config: Config) -> None:
     """Raises UserError for steps that the run does not have."""
     if profile is not None and profile[0] > config.rl.steps:
         raise UserError(f"--profile: starts at {profile[0]}, but rl.steps is {config.rl.steps}")
+
+
+def data_fingerprint(task: Task) -> dict[str, str]:
+    """What the stream of problems depends on beside the config; empty where it reads no file."""
+    return {
+        f"{name}: {what}": value
+        for name, part in files_of(task).items()
+        for what, value in part.fingerprint().items()
+    }
+
+
+def _check_data(folder: Path, task: Task) -> None:
+    """A resumed run goes on with the data it was started with.
+
+    Raises UserError where they are others by now.
+    """
+    path = folder / run_folder.SUMMARY
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8")).get("data")
+    if before is None:
+        return
+    now = data_fingerprint(task)
+    changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    if changed:
+        raise UserError(
+            f"data: {', '.join(changed)} is not what the run was started with; bring that back, or "
+            "start a new run"
+        )
 
 
 def _reward_names(rewards: Sequence[Reward | str]) -> list[str]:

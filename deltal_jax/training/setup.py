@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from deltal_jax.config import Config
-from deltal_jax.data.prompts import encode_prompts, train_tokenizer
+from deltal_jax.data.prompts import Drawn, draw_prompts, encode_prompts, train_tokenizer
 from deltal_jax.data.tokenizer import Tokenizer, read_tokenizer
 from deltal_jax.errors import UserError
 from deltal_jax.model import huggingface
@@ -131,19 +131,29 @@ def check_setup(setup: Setup, *, weights: bool = True) -> None:
         parts = sampling_parts(config, setup.architecture)
         devices = None if rollout.devices is None else jax.devices()[-rollout.devices :]
         check_memory(rollout.slots, parts, free_memory(devices))
-    problems = [*setup.task.held_out(config.evaluate.problems), setup.task.problem(config.seed, 0)]
-    encode_problems(setup, problems)
+    encode_problems(setup, setup.task.held_out(config.evaluate.problems))
+    draw_training(setup, 0, 1)
 
 
-def encode_problems(setup: Setup, problems: Sequence[Problem], start: int = 0) -> Prompts:
-    """Prompts as the config wants them; `start` is the position of the first in the stream."""
+def encode_problems(setup: Setup, problems: Sequence[Problem]) -> Prompts:
+    """Prompts as the config wants them, at positions from 0 on."""
     config = setup.config
-    return encode_prompts(
-        problems,
+    width, chat = config.rollout.max_prompt_length, config.data.chat_template
+    return encode_prompts(problems, setup.tokenizer, width, chat=chat)
+
+
+def draw_training(setup: Setup, start: int, count: int) -> Drawn:
+    """The next `count` prompts of the training stream, from a position on."""
+    config = setup.config
+    return draw_prompts(
+        setup.task,
         setup.tokenizer,
-        config.rollout.max_prompt_length,
-        start,
+        seed=config.seed,
+        start=start,
+        count=count,
+        width=config.rollout.max_prompt_length,
         chat=config.data.chat_template,
+        overlong=config.data.overlong_prompts,
     )
 
 
