@@ -232,6 +232,7 @@ TINY = {
     "run.report": False,
     "task.name": "math",
     "task.math.verifier": "reference",
+    "task.math.template": "plain",
 }
 
 
