@@ -19,6 +19,7 @@ from deltal_jax.model.architecture import attention_work
 from deltal_jax.model.lora import overlay
 from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.base import RolloutEngine
+from deltal_jax.tasks.base import close
 from deltal_jax.tasks.grading import Reward, RewardFunction, as_rewards
 from deltal_jax.training import run_folder
 from deltal_jax.training.ahead import Ahead, open_batches
@@ -104,6 +105,7 @@ def train(
         display.stop()
         writer.close()
         checkpoints.close()
+        close(setup.task)
     return _finish(run, step, status, time.monotonic() - started)
 
 
