@@ -35,6 +35,12 @@ def formula(config: Config) -> str:
         f"ℓ_it = {_token_loss(config)}",
         f"A_i  = {ADVANTAGES[o.advantage]}",
     ]
+    if config.task.overlong_buffer is not None:
+        limit, buffer = config.rollout.max_response_length, config.task.overlong_buffer
+        punished = (
+            f"min(-(length_i - {limit - buffer}) / {buffer} · {config.task.overlong_factor:g}, 0)"
+        )
+        lines.append(f"r_i  = reward + {punished}")
     if corrected:
         lines.append(
             f"ρ_it = {CORRECTIONS[o.importance_correction]}, ρ = π_old / π_sampler, "
@@ -160,7 +166,11 @@ def _auxiliary_terms(config: Config) -> str:
 def _filtering(config: Config) -> str:
     """What becomes of responses that are not trained."""
     o = config.objective
-    who = "and a truncated response" if o.overlong_filter else ""
+    who = {
+        "none": "",
+        "truncated": "and a truncated response",
+        "at_limit": f"and a response of {config.rollout.max_response_length} tokens, ended or not,",
+    }[o.overlong_filter]
     where = "stays in the denominators" if o.count_masked else "leaves the denominators too"
     return f"{who} has the weight 0 and {where}".strip()
 
@@ -218,9 +228,10 @@ def describe_sampling(config: Config) -> str:
     rollout, rl = config.rollout, config.rl
     parts = []
     if rollout.dynamic_sampling != "none":
+        after = "filled up" if rollout.fill_up else "the run stops"
         parts.append(
             f"{rl.prompts_per_step} groups whose {rollout.dynamic_sampling} varies, in at most "
-            f"{rollout.max_rounds} rounds"
+            f"{rollout.max_rounds} rounds, then {after}"
         )
     if rollout.oversampling > 1:
         parts.append(f"{rollout.oversampling:g} prompts begun for each group needed")
