@@ -167,7 +167,7 @@ def test_a_dry_run_as_json_is_one_object_that_agrees_with_the_config(deltal, tmp
     code, out, err = deltal("train", TINY, *overrides, "--dry-run", "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
-    assert found.keys() == {"batch", "memory_bytes", "formula"}
+    assert found.keys() == {"files", "notes", "batch", "memory_bytes", "formula"}
     assert found["batch"]["responses_per_minibatch"] == 16 * 8 // 4
     assert found["batch"]["updates_per_step"] == 4 * 2
     loss = "loss of each mini-batch = 4 · Σ_(i in mini-batch) (w_i Σ_t ℓ_it)      delta_l, "

@@ -184,6 +184,7 @@ def batch_arithmetic(config: Config) -> dict[str, int]:
     return {
         "prompts_per_step": rl.prompts_per_step,
         "responses_per_step": responses,
+        "minibatches_per_step": rl.updates_per_rollout,
         "responses_per_minibatch": responses // rl.updates_per_rollout,
         "updates_per_step": updates,
         "max_response_tokens_per_step": tokens,
