@@ -184,6 +184,7 @@ def batch_arithmetic(config: Config) -> dict[str, int]:
     return {
         "prompts_per_step": rl.prompts_per_step,
         "responses_per_step": responses,
+        "max_prompts_begun_per_step": _most_prompts(config),
         "minibatches_per_step": rl.updates_per_rollout,
         "responses_per_minibatch": responses // rl.updates_per_rollout,
         "updates_per_step": updates,
@@ -195,6 +196,13 @@ def batch_arithmetic(config: Config) -> dict[str, int]:
         "responses": responses * rl.steps,
         "max_response_tokens": tokens * rl.steps,
     }
+
+
+def _most_prompts(config: Config) -> int:
+    """How many prompts a step begins at most: dynamic sampling begins some in each round."""
+    rollout = config.rollout
+    rounds = 1 if rollout.dynamic_sampling == "none" else rollout.max_rounds
+    return rounds * math.ceil(config.rl.prompts_per_step * rollout.oversampling)
 
 
 def describe_task(task: Task) -> str:

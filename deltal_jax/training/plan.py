@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 from deltal_jax.config import Config
 from deltal_jax.model import huggingface
 from deltal_jax.model.architecture import Architecture
@@ -31,7 +33,7 @@ def make_plan(config: Config) -> Plan:
     Nothing is fetched for a published model whose shape is known. Raises UserError for what a run
     would refuse, and where a new model's tokenizer needs files that are not here.
     """
-    model, notes = config.model, []
+    model, devices, notes = config.model, config.rollout.devices, []
     missing = missing_files(config.task)
     if missing:
         notes.append(f"note: not here, so not checked: {', '.join(missing)}")
@@ -39,6 +41,8 @@ def make_plan(config: Config) -> Plan:
     published = PUBLISHED.get(model.path or "") if away else None
     if published is not None:
         notes.append(f"note: {model.path} is not here; its shape is known, a run fetches the rest")
+    if devices is not None and devices >= jax.device_count():
+        notes.append(f"note: there are not {devices} devices here, and one more that trains")
     if model.path is None or not notes:
         setup = make_setup(config)
         check_setup(setup)

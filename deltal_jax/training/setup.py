@@ -115,6 +115,7 @@ def check_setup(setup: Setup, *, weights: bool = True) -> None:
     that do not fit."""
     config = setup.config
     check_config(config, setup.checkpoint_config)
+    make_sampling_mesh(config)
     if config.model.path is not None and weights:
         base = dataclasses.replace(setup.architecture, lora=None)
         huggingface.check_tensors(find_base(setup), base)
@@ -128,10 +129,9 @@ def check_setup(setup: Setup, *, weights: bool = True) -> None:
 
 
 def check_config(config: Config, checkpoint_config: dict[str, Any] | None) -> None:
-    """The part of `check_setup` that needs no problem and no weights."""
+    """The part of `check_setup` that needs no problem, no weights and no device."""
     make_loss(config)
     load_rewards(config.task.rewards)
-    make_sampling_mesh(config)
     context = (checkpoint_config or {}).get(huggingface.CONTEXT)
     longest = config.rollout.max_prompt_length + config.rollout.max_response_length
     if context is not None and longest > context:
