@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from deltal_jax.config import load_config
+from deltal_jax.errors import UserError
 from deltal_jax.objective.logprobs import token_logprobs
 from deltal_jax.rollout import engine as engine_module
 from deltal_jax.rollout.results import assemble, begin
@@ -196,6 +197,43 @@ def test_after_the_last_round_the_batch_is_filled_up_with_the_first_other_groups
     names = ("rounds", "informative_groups", "groups_dropped")
     assert [batch.metrics[f"rollout/{name}"] for name in names] == [2, 0, 4]
     assert groups_of(stream.next(params, 1)) == [8, 9, 10, 11]
+
+
+def test_a_batch_that_may_not_be_filled_up_stops_the_run_and_leaves_the_stream_where_it_was():
+    options = {"rollout.dynamic_sampling": "reward", "rollout.max_rounds": 2}
+    missing = Graded(lambda response: None)
+    stream, params = chain_stream(options | {"rollout.fill_up": False}, [Reward(missing)])
+    said = r"^rollout.max_rounds: in 2 rounds only 0 of 4 groups were found whose reward varies; "
+    with pytest.raises(UserError, match=said):
+        stream.next(params, 0)
+    assert stream.next_prompt == 0 and [position for position, _ in missing.groups] == [*range(8)]
+
+
+@pytest.mark.parametrize("metric", ["reward", "accuracy"])
+def test_long_responses_are_punished_in_the_reward_and_nowhere_else(metric):
+    """M = 60, b = 58, factor 2: a response of L tokens loses 2 (L − 2)/58. A reward that is the
+    same for all then varies with the lengths, and the accuracy does not change."""
+    shaped = {"task.overlong_buffer": 58, "task.overlong_factor": 2.0}
+    options = {"rollout.dynamic_sampling": metric} | shaped
+
+    def reward(prompts, responses, answers):
+        return [None if i == 4 else 1.0 for i in range(len(responses))]
+
+    stream, params = chain_stream(options, [Reward(reward, name="one")])
+    batch = stream.next(params, 0)
+    lengths = batch.rollout.response_lengths
+    known = ~np.isnan(batch.rewards)
+    assert 0 < np.sum(~known) < len(known) and lengths.max() > 2
+    expected = 1 - 2 * np.maximum(lengths - 2, 0) / 58
+    np.testing.assert_allclose(batch.rewards[known], expected[known], rtol=1e-6)
+    assert batch.metrics["reward/overlong/mean"] == pytest.approx((expected - 1).mean())
+    assert batch.metrics["reward/one/mean"] == 1
+    texts = response_texts(stream.setup, batch.rollout)
+    even = np.asarray([len(text.split()) % 2 == 0 for text in texts])
+    assert batch.metrics["accuracy/mean"] == pytest.approx(even.mean())
+    values = batch.rewards if metric == "reward" else np.where(known, even, np.nan)
+    for group in values.reshape(4, 3):
+        assert len(set(group[~np.isnan(group)])) > 1
 
 
 def test_with_both_no_group_is_lost_and_what_is_carried_is_graded_when_its_turn_comes():

@@ -151,8 +151,9 @@ class RolloutConfig:
     dynamic_sampling: Literal["none", "reward", "accuracy"] = field(
         "none", "train on groups in which this varies, and sample until there are enough"
     )
-    max_rounds: int = field(
-        10, "dynamic sampling: rounds at most; then the batch is filled up with other groups", low=1
+    max_rounds: int = field(10, "dynamic sampling: rounds at most, to find enough groups", low=1)
+    fill_up: bool = field(
+        True, "dynamic sampling: too few groups are filled up with others; false: the run stops"
     )
     oversampling: float = field(
         1.0, "prompts that a round may begin for each group that it needs", low=1.0, high=100.0
@@ -190,7 +191,10 @@ class ObjectiveConfig:
         None, "autocorrelation of token gradients at distances 1, 2, …; for inverse_variance"
     )
     microbatch_size: int = field(4, "responses that local_token_mean averages over", low=1)
-    overlong_filter: bool = field(False, "give truncated responses the weight 0")
+    overlong_filter: Literal["none", "truncated", "at_limit"] = field(
+        "none",
+        "responses of weight 0: those cut off, or all of max_response_length, ended there or not",
+    )
     count_masked: bool = field(False, "keep filtered responses in the denominators")
     advantage: Advantage = field("group_standardize", "advantage estimator")
     surrogate: Surrogate = field("clipped", "per-token loss")

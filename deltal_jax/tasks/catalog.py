@@ -7,7 +7,7 @@ from deltal_jax.errors import UserError
 from deltal_jax.objective.names import unknown_name
 from deltal_jax.tasks.base import Task
 from deltal_jax.tasks.countdown import CountDown
-from deltal_jax.tasks.files import load_object
+from deltal_jax.tasks.files import find_data, load_object
 from deltal_jax.tasks.math import Math
 from deltal_jax.tasks.mixture import Mixture
 from deltal_jax.tasks.paths import Paths
@@ -40,8 +40,8 @@ def _math(config: TaskConfig) -> Task:
     options = config.math
     assert options.train is not None and options.eval is not None  # by the config's rules
     return Math(
-        options.train,
-        options.eval,
+        str(find_data(options.train)),
+        [str(find_data(name)) for name in options.eval],
         verifier=options.verifier,
         template=options.template,
         workers=options.workers,

@@ -16,12 +16,14 @@ import numpy as np
 from jaxtyping import Int
 
 from deltal_jax.data.prompts import Drop, problems_at
+from deltal_jax.errors import UserError
 from deltal_jax.rollout.base import Finished, RolloutEngine
 from deltal_jax.rollout.results import assemble, begin, join, take
 from deltal_jax.rollout.schedule import RolloutStats
 from deltal_jax.tasks.base import files_of
 from deltal_jax.tasks.early import EarlyVerdicts
-from deltal_jax.tasks.grading import Reward, grade
+from deltal_jax.tasks.grading import Grades, Reward, grade
+from deltal_jax.tasks.shaping import soft_overlong_punishment
 from deltal_jax.training.groups import (
     Groups,
     choose,
@@ -32,6 +34,9 @@ from deltal_jax.training.groups import (
 )
 from deltal_jax.training.setup import Setup, draw_training
 from deltal_jax.types import Prompts, Responses, Rollout
+
+#: The punishment of long responses among the parts of a reward.
+OVERLONG = "overlong"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +168,12 @@ class RolloutStream:
                 found.parts.append(groups)
                 found.good += self._good(groups).tolist()
             found.grading += time.perf_counter() - clock
+        if missing and not options.fill_up:
+            raise UserError(
+                f"rollout.max_rounds: in {rounds} rounds only {wanted - missing} of {wanted} "
+                f"groups were found whose {options.dynamic_sampling} varies; raise it, or set "
+                "rollout.fill_up=true"
+            )
         return found
 
     def _sample(
@@ -265,7 +276,19 @@ class RolloutStream:
             early = [self._early.find(*of) for of in zip(each.tolist(), texts, strict=True)]
             found.early += sum(verdict is not None and verdict.done() for verdict in early)
         grades = grade(self.setup.task, asked, texts, self._rewards, early)
-        return Groups(each, rollout, grades.rewards, grades.correct, grades.parts, grades.missing)
+        shaped, parts = self._shape(grades, rollout)
+        return Groups(each, rollout, shaped, grades.correct, parts, grades.missing)
+
+    def _shape(self, grades: Grades, rollout: Rollout) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Rewards as they are trained on, and their parts by name. A missing one stays missing."""
+        options, limit = self.setup.config.task, self.setup.config.rollout.max_response_length
+        if options.overlong_buffer is None:
+            return grades.rewards, grades.parts
+        lengths = rollout.lengths - rollout.prompt_lengths
+        buffer, factor = options.overlong_buffer, options.overlong_factor
+        punished = soft_overlong_punishment(lengths, limit, buffer, factor)
+        shaped = (grades.rewards + punished).astype(np.float32)
+        return shaped, grades.parts | {OVERLONG: punished}
 
     def _good(self, groups: Groups) -> np.ndarray:
         """Which groups may be trained: all, or by `rollout.dynamic_sampling`."""

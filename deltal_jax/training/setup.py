@@ -114,25 +114,31 @@ def check_setup(setup: Setup, *, weights: bool = True) -> None:
     response, an option that the surrogate does not take, rewards that cannot be loaded, weights
     that do not fit."""
     config = setup.config
-    make_loss(config)
-    load_rewards(config.task.rewards)
+    check_config(config, setup.checkpoint_config)
     make_sampling_mesh(config)
     if config.model.path is not None and weights:
         base = dataclasses.replace(setup.architecture, lora=None)
         huggingface.check_tensors(find_base(setup), base)
-    rollout, context = config.rollout, (setup.checkpoint_config or {}).get(huggingface.CONTEXT)
-    longest = rollout.max_prompt_length + rollout.max_response_length
-    if context is not None and longest > context:
-        raise UserError(
-            f"rollout.max_response_length: with the prompt up to {longest} tokens, and the model "
-            f"was made for {context} ({huggingface.CONTEXT})"
-        )
+    rollout = config.rollout
     if rollout.engine == "jax":  # before a warm-up, not after it
         parts = sampling_parts(config, setup.architecture)
         devices = None if rollout.devices is None else jax.devices()[-rollout.devices :]
         check_memory(rollout.slots, parts, free_memory(devices))
     encode_problems(setup, setup.task.held_out(config.evaluate.problems))
     draw_training(setup, 0, 1)
+
+
+def check_config(config: Config, checkpoint_config: dict[str, Any] | None) -> None:
+    """The part of `check_setup` that needs no problem, no weights and no device."""
+    make_loss(config)
+    load_rewards(config.task.rewards)
+    context = (checkpoint_config or {}).get(huggingface.CONTEXT)
+    longest = config.rollout.max_prompt_length + config.rollout.max_response_length
+    if context is not None and longest > context:
+        raise UserError(
+            f"rollout.max_response_length: with the prompt up to {longest} tokens, and the model "
+            f"was made for {context} ({huggingface.CONTEXT})"
+        )
 
 
 def encode_problems(setup: Setup, problems: Sequence[Problem]) -> Prompts:
