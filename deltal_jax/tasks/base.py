@@ -56,7 +56,7 @@ class Task(Protocol):
         ...
 
     def held_out(self, count: int) -> list[Problem]:
-        """`count` evaluation problems, the same for every seed."""
+        """`count` evaluation problems (of each data set at most), the same for every seed."""
         ...
 
     def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:

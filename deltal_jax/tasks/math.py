@@ -1,5 +1,6 @@
 r"""Math: problems from files, answers in \boxed{}, judged in worker processes (`workers.py`)."""
 
+import collections
 import dataclasses
 import functools
 import importlib.util
@@ -96,11 +97,14 @@ class Math:
         return self._problem(self._train[_order(len(self._train), seed, epoch)[at]])
 
     def held_out(self, count: int) -> list[Problem]:
-        """The first `count` of the evaluation files, or all where they have fewer."""
-        return [
-            dataclasses.replace(self._problem(example), dataset=example.source)
-            for example in self._held_out[:count]
-        ]
+        """The first `count` of each evaluation set, or all where it has fewer."""
+        met: collections.Counter[str] = collections.Counter()
+        kept = []
+        for example in self._held_out:
+            met[example.source] += 1
+            if met[example.source] <= count:
+                kept.append(dataclasses.replace(self._problem(example), dataset=example.source))
+        return kept
 
     def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:
         position = 0

@@ -120,19 +120,28 @@ def check_setup(setup: Setup, *, weights: bool = True) -> None:
     if config.model.path is not None and weights:
         base = dataclasses.replace(setup.architecture, lora=None)
         huggingface.check_tensors(find_base(setup), base)
-    rollout, context = config.rollout, (setup.checkpoint_config or {}).get(huggingface.CONTEXT)
-    longest = rollout.max_prompt_length + rollout.max_response_length
-    if context is not None and longest > context:
-        raise UserError(
-            f"rollout.max_response_length: with the prompt up to {longest} tokens, and the model "
-            f"was made for {context} ({huggingface.CONTEXT})"
-        )
+    check_context(setup)
+    rollout = config.rollout
     if rollout.engine == "jax":  # before a warm-up, not after it
         parts = sampling_parts(config, setup.architecture)
         devices = None if rollout.devices is None else jax.devices()[-rollout.devices :]
         check_memory(rollout.slots, parts, free_memory(devices))
     problems = [*setup.task.held_out(config.evaluate.problems), setup.task.problem(config.seed, 0)]
     encode_problems(setup, problems)
+
+
+def check_context(setup: Setup) -> None:
+    """Raises UserError for prompts with responses that are longer than the model was made for."""
+    rollout, context = (
+        setup.config.rollout,
+        (setup.checkpoint_config or {}).get(huggingface.CONTEXT),
+    )
+    longest = rollout.max_prompt_length + rollout.max_response_length
+    if context is not None and longest > context:
+        raise UserError(
+            f"rollout.max_response_length: with the prompt up to {longest} tokens, and the model "
+            f"was made for {context} ({huggingface.CONTEXT})"
+        )
 
 
 def encode_problems(setup: Setup, problems: Sequence[Problem], start: int = 0) -> Prompts:
