@@ -60,8 +60,7 @@ class Task(Protocol):
         ...
 
     def held_out(self, count: int) -> list[Problem]:
-        """`count` evaluation problems, the same for every seed; as many of each data set where
-        there are several, or all that it has."""
+        """`count` evaluation problems (of each data set at most), the same for every seed."""
         ...
 
     def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:

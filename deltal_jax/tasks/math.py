@@ -150,15 +150,14 @@ class Math:
         return None if example is None else self._problem(example)
 
     def held_out(self, count: int) -> list[Problem]:
-        """The first `count` of each data set (`Example.source`), or all that it has, in the order
-        of the files."""
-        taken: collections.Counter[str] = collections.Counter()
-        found = []
+        """The first `count` of each evaluation set, or all where it has fewer."""
+        met: collections.Counter[str] = collections.Counter()
+        kept = []
         for example in self._held_out:
-            taken[example.source] += 1
-            if taken[example.source] <= count:
-                found.append(dataclasses.replace(self._problem(example), dataset=example.source))
-        return found
+            met[example.source] += 1
+            if met[example.source] <= count:
+                kept.append(dataclasses.replace(self._problem(example), dataset=example.source))
+        return kept
 
     def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:
         for position in itertools.count():
