@@ -4,7 +4,7 @@ import dataclasses
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from deltal_jax.errors import UserError
@@ -25,7 +25,8 @@ class Generator:
 
     A problem is a random expression of all its numbers: two parts are joined by a random operator,
     again and again, where the value is a whole number that `allows` takes; it is dropped where its
-    value is one of the numbers or not in 1..`max_value`. A problem is held out when crc32 of
+    value is one of the numbers or not in 1..`max_value`. Of `operators` one is -, with which two
+    parts can always be joined. A problem is held out when crc32 of
     (sorted numbers, target) is 0 modulo 10.
     """
 
@@ -72,17 +73,22 @@ class Generator:
 
     def is_held_out(self, problem: Problem) -> bool:
         """Whether the problem is kept from training: a property of its numbers and target alone."""
-        return zlib.crc32(repr(identity(problem)).encode()) % HELD_OUT_CLASSES == 0
+        numbers, target = identity(problem.answer["numbers"], problem.answer["target"])
+        return zlib.crc32(repr(([*numbers], target)).encode()) % HELD_OUT_CLASSES == 0
 
     def _problems(self, rng: random.Random) -> Iterator[tuple[Problem, Expression]]:
         most = self.numbers if self.most_numbers is None else self.most_numbers
         while True:
             count = rng.randint(self.numbers, most) if most > self.numbers else self.numbers
+            numbers, solution = self._solved(rng, count)
+            yield self.make_problem(numbers, solution[0]), solution
+
+    def _solved(self, rng: random.Random, count: int) -> tuple[list[int], Expression]:
+        while True:
             numbers = [rng.randint(1, self.max_number) for _ in range(count)]
             solution = self._random_expression(rng, numbers)
-            target = solution[0]
-            if 1 <= target <= self.max_value and target not in numbers:
-                yield self.make_problem(numbers, target), solution
+            if 1 <= solution[0] <= self.max_value and solution[0] not in numbers:
+                return numbers, solution
 
     def _random_expression(self, rng: random.Random, numbers: list[int]) -> Expression:
         """A random expression of all the numbers whose intermediate values are allowed."""
@@ -114,9 +120,9 @@ class Generator:
                 return tries
 
 
-def identity(problem: Problem) -> tuple[list[int], int]:
+def identity(numbers: Iterable[int], target: int) -> tuple[tuple[int, ...], int]:
     """What makes two problems the same: the numbers in any order, and the target."""
-    return sorted(problem.answer["numbers"]), problem.answer["target"]
+    return tuple(sorted(numbers)), target
 
 
 def read_problem(text: str) -> tuple[list[int], int]:
