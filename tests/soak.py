@@ -1,4 +1,4 @@
-"""Long checks that the suite has in small: `scripts/soak verifier` and `scripts/soak agreement`."""
+"""Long checks that the suite has in small: `scripts/soak verifier`, `tasks` and `agreement`."""
 
 import argparse
 import collections
@@ -11,13 +11,22 @@ import threading
 import time
 from pathlib import Path
 
+from deltal_jax.tasks.base import Problem, Task
+from deltal_jax.tasks.countdown import CountDown
 from deltal_jax.tasks.math_rules import WARM_UP, judge
+from deltal_jax.tasks.paths import Paths
+from deltal_jax.tasks.procedural import KINDS
+from deltal_jax.tasks.procedural.generated import Generated
 from deltal_jax.tasks.workers import Limits, Workers
 from tests.countdown_answers import agreement as countdown_agreement
 from tests.hostile import GOLD, hostile
 from tests.math_answers import VERIFIERS, agreement
 
 MAX_RESPONSE = 4000
+#: Seconds that a verifier in this process may take for one response, megabytes included.
+MAX_SECONDS = 1.0
+#: What hostile responses may say by chance: an answer of these alone is none to be soaked with.
+BY_CHANCE = set("123+-. ")
 
 
 def soak_verifier(verifier: str, count: int, limits: Limits) -> dict:
@@ -30,6 +39,7 @@ def soak_verifier(verifier: str, count: int, limits: Limits) -> dict:
         Workers(function, 2, limits=limits, warm_up=warm_up) as workers,
     ):
         canary = Path(folder) / "executed"
+        workers.map([good] * 100)  # they have started
         alone = _rate(workers, [(*good[:1], f"so \\boxed{{{n}}}", GOLD) for n in range(1000)])
         peak, done = [0], threading.Event()
         watcher = threading.Thread(target=_watch, args=(peak, done), daemon=True)
@@ -67,6 +77,10 @@ def soak_verifier(verifier: str, count: int, limits: Limits) -> dict:
             raise AssertionError("a response was executed")
         if wrong_good:
             raise AssertionError(f"{wrong_good} good responses beside hostile ones were not right")
+        if peak[0] > limits.memory:
+            raise AssertionError(f"a worker had {peak[0]:,} bytes")
+        if after < alone / 2:
+            raise AssertionError(f"{after:.0f} good responses a second, {alone:.0f} before")
     return {
         "verifier": verifier,
         "hostile": count,
@@ -79,6 +93,47 @@ def soak_verifier(verifier: str, count: int, limits: Limits) -> dict:
         "peak_worker_mb": round(peak[0] / 1e6),
         "own_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000,
     }
+
+
+def soak_tasks(count: int) -> dict:
+    """Hostile responses to every task whose verifier runs in this process."""
+    tasks: list[Task] = [CountDown(), Paths(), *map(Generated, KINDS)]
+    problems = [(task, _unlike_hostile(task)) for task in tasks]
+    slowest, slowest_name, reasons = 0.0, "", collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        canary = Path(folder) / "executed"
+        started = time.perf_counter()
+        for response in hostile(0, count, canary):
+            for task, problem in problems:
+                said = f"<a>{response}</a>" if task.name == "paths" else response
+                clock = time.perf_counter()
+                verdict = task.verify(f"<answer>{said}</answer>", problem.answer)
+                seconds = time.perf_counter() - clock
+                if verdict.reward != 0.0:
+                    raise AssertionError(f"{task.name}: {response[:80]!r} gave {verdict}")
+                reasons[verdict.reason] += 1
+                if seconds > slowest:
+                    slowest, slowest_name = seconds, task.name
+        if canary.exists():
+            raise AssertionError("a response was executed")
+    if slowest > MAX_SECONDS:
+        raise AssertionError(f"{slowest_name} took {slowest:.2f} s")
+    return {
+        "tasks": len(tasks),
+        "hostile": count,
+        "verdicts": reasons.total(),
+        "of_them_read": reasons["not a solution"],
+        "seconds": round(time.perf_counter() - started, 1),
+        "slowest_ms": round(slowest * 1000, 1),
+        "slowest_task": slowest_name,
+        "own_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000,
+    }
+
+
+def _unlike_hostile(task: Task) -> Problem:
+    """A problem whose answer no hostile response has by chance."""
+    problems = (task.problem(0, position) for position in range(100))
+    return next(p for p in problems if set(p.answer.get("example", "?")) - BY_CHANCE)
 
 
 def _rate(workers: Workers, calls: list) -> float:
@@ -104,10 +159,15 @@ def main() -> int:
     verifier = commands.add_parser("verifier", help="hostile responses, judged by both verifiers")
     verifier.add_argument("--count", type=int, default=10_000, help="hostile responses each")
     verifier.add_argument("--timeout", type=float, default=1.0, help="seconds of one call")
+    tasks = commands.add_parser("tasks", help="hostile responses, judged by the other tasks")
+    tasks.add_argument("--count", type=int, default=10_000, help="hostile responses")
     commands.add_parser("agreement", help="verifiers and grammars against the tables of answers")
     arguments = parser.parse_args()
     if arguments.command == "agreement":
         print(agreement(), countdown_agreement(), sep="\n\n")
+        return 0
+    if arguments.command == "tasks":
+        print(json.dumps(soak_tasks(arguments.count)), flush=True)
         return 0
     for name in VERIFIERS:
         limits = Limits(timeout=arguments.timeout, grace=0.5)
