@@ -3,6 +3,7 @@
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import resource
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from deltal_jax.tasks.base import Problem, Task
 from deltal_jax.tasks.countdown import CountDown
+from deltal_jax.tasks.countdown_rules import GRAMMARS
+from deltal_jax.tasks.countdown_text import CountDownText
 from deltal_jax.tasks.math_rules import WARM_UP, judge
 from deltal_jax.tasks.paths import Paths
 from deltal_jax.tasks.procedural import KINDS
@@ -39,48 +42,32 @@ def soak_verifier(verifier: str, count: int, limits: Limits) -> dict:
         Workers(function, 2, limits=limits, warm_up=warm_up) as workers,
     ):
         canary = Path(folder) / "executed"
-        workers.map([good] * 100)  # they have started
         alone = _rate(workers, [(*good[:1], f"so \\boxed{{{n}}}", GOLD) for n in range(1000)])
         peak, done = [0], threading.Event()
         watcher = threading.Thread(target=_watch, args=(peak, done), daemon=True)
         watcher.start()
         started, slowest = time.perf_counter(), 0.0
-        verdicts: collections.Counter = collections.Counter()
-        wrong_good, batch = 0, []
-
-        def judge_batch() -> None:
-            nonlocal wrong_good
-            futures = [(kind, workers.submit(*call)) for kind, call in batch]
-            for kind, future in futures:
-                outcome = future.result()
-                verdict = outcome.value[0] if outcome.status == "done" else outcome.status
-                if kind == "good":
-                    wrong_good += verdict != "correct"
-                    continue
-                verdicts[verdict] += 1
-                if verdict == "correct":
-                    raise AssertionError(f"a hostile response was called right: {outcome}")
-
-        for number, response in enumerate(hostile(0, count, canary)):
-            batch.append(("hostile", (verifier, response[-MAX_RESPONSE:], GOLD)))
-            batch.append(("good", good))
-            if len(batch) >= 64 or number == count - 1:
-                clock = time.perf_counter()
-                judge_batch()
-                slowest = max(slowest, time.perf_counter() - clock)
-                batch.clear()
+        verdicts, beside = collections.Counter(), collections.Counter()
+        responses = hostile(0, count, canary)
+        while batch := list(itertools.islice(responses, 32)):
+            clock = time.perf_counter()
+            bad = [(verifier, response[-MAX_RESPONSE:], GOLD) for response in batch]
+            said = _verdicts(workers, [call for each in bad for call in (each, good)])
+            slowest = max(slowest, time.perf_counter() - clock)
+            verdicts.update(said[::2])
+            beside.update(said[1::2])
         seconds = time.perf_counter() - started
-        after = _rate(workers, [(*good[:1], f"so \\boxed{{{-n}}}", GOLD) for n in range(1, 1001)])
         done.set()
         watcher.join()
+        after = _rate(workers, [(*good[:1], f"so \\boxed{{{-n}}}", GOLD) for n in range(1, 1001)])
         if canary.exists():
             raise AssertionError("a response was executed")
-        if wrong_good:
-            raise AssertionError(f"{wrong_good} good responses beside hostile ones were not right")
+        if verdicts["correct"]:
+            raise AssertionError(f"{verdicts['correct']} hostile responses were called right")
+        if set(beside) != {"correct"}:
+            raise AssertionError(f"good responses beside hostile ones were called {dict(beside)}")
         if peak[0] > limits.memory:
             raise AssertionError(f"a worker had {peak[0]:,} bytes")
-        if after < alone / 2:
-            raise AssertionError(f"{after:.0f} good responses a second, {alone:.0f} before")
     return {
         "verifier": verifier,
         "hostile": count,
@@ -98,6 +85,7 @@ def soak_verifier(verifier: str, count: int, limits: Limits) -> dict:
 def soak_tasks(count: int) -> dict:
     """Hostile responses to every task whose verifier runs in this process."""
     tasks: list[Task] = [CountDown(), Paths(), *map(Generated, KINDS)]
+    tasks += [CountDownText(grammar=grammar) for grammar in GRAMMARS]
     problems = [(task, _unlike_hostile(task)) for task in tasks]
     slowest, slowest_name, reasons = 0.0, "", collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -105,9 +93,10 @@ def soak_tasks(count: int) -> dict:
         started = time.perf_counter()
         for response in hostile(0, count, canary):
             for task, problem in problems:
-                said = f"<a>{response}</a>" if task.name == "paths" else response
+                tag = "a" if isinstance(task, (CountDown, Paths)) else "answer"
+                said = f"<{tag}>{response}</{tag}>"
                 clock = time.perf_counter()
-                verdict = task.verify(f"<answer>{said}</answer>", problem.answer)
+                verdict = task.verify(said, problem.answer)
                 seconds = time.perf_counter() - clock
                 if verdict.reward != 0.0:
                     raise AssertionError(f"{task.name}: {response[:80]!r} gave {verdict}")
@@ -132,11 +121,17 @@ def soak_tasks(count: int) -> dict:
 
 def _unlike_hostile(task: Task) -> Problem:
     """A problem whose answer no hostile response has by chance."""
-    problems = (task.problem(0, position) for position in range(100))
-    return next(p for p in problems if set(p.answer.get("example", "?")) - BY_CHANCE)
+    drawn = (task.problem(0, position) for position in range(100))
+    return next(p for p in drawn if p and set(p.answer.get("example", "?")) - BY_CHANCE)
+
+
+def _verdicts(workers: Workers, calls: list) -> list[str]:
+    outcomes = workers.map(calls)
+    return [x.value[0] if x.status == "done" else x.status for x in outcomes]
 
 
 def _rate(workers: Workers, calls: list) -> float:
+    workers.map(calls[:100])  # they have started
     clock = time.perf_counter()
     workers.map(calls)
     return len(calls) / (time.perf_counter() - clock)

@@ -52,13 +52,44 @@ def file(tmp_path, monkeypatch):
 def test_a_task_is_a_class_in_a_file(file):
     task = make_task(load_config("countdown-tiny", {"task.name": f"{file}:Echo"}).task)
     assert (task.name, task.vocabulary()) == ("echo", ["a", "b"])
-    assert task.verify("b", task.problem(0, 1).answer).correct
+    assert (problem := task.problem(0, 1)) and task.verify("b", problem.answer).correct
     mixed = {"task.name": "mixture", "task.mixture": {"mine.py:Echo": 1.0, "paths": 1.0}}
     tree = load_config("countdown-tiny", {"task.name": "mixture"})
     config = dataclasses.replace(tree.task, mixture=mixed["task.mixture"])
     names = make_task(config).vocabulary()
     assert names is not None
     assert {"a", "b", "a>b"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("length", "mine.py:length() fails: TypeError: length() missing 3 required"),
+        ("Verdict", "mine.py:Verdict() fails: TypeError: "),
+        ("Half", "mine.py:Half has no verify; see deltal_jax/tasks/base.py"),
+        ("Loud", "mine.py:Loud() fails: ValueError: two lines"),
+    ],
+)
+def test_what_is_no_task_is_refused_in_one_line(file, name, expected):
+    more = "class Half:\n    def problem(self): ...\n"
+    more += "class Loud:\n    def __init__(self):\n        raise ValueError('two\\nlines')\n"
+    file.write_text(SOURCE + more, encoding="utf-8")
+    with pytest.raises(UserError) as refused:
+        make_task(TaskConfig(name=f"mine.py:{name}"))
+    assert str(refused.value).startswith(f"task.name: {expected}")
+    assert "\n" not in str(refused.value)
+
+
+def test_options_of_a_task_that_does_not_exist_are_refused():
+    config = TaskConfig(name="gcd", procedural={"gdc": {"max_value": 9}})
+    with pytest.raises(UserError, match=r"^task\.procedural: 'gdc' is not one of .* 'gcd'\?$"):
+        make_task(config)
+
+
+@pytest.mark.parametrize("weight", ["0.5", "+0.5", ".5", "5e-1", "50E-2"])
+def test_a_weight_is_written_as_numbers_are(file, weight):
+    (reward,) = load_rewards([f"{weight} * mine.py:length"])
+    assert not isinstance(reward, str) and reward.weight == 0.5
 
 
 def test_rewards_are_functions_in_files_with_weights(file):

@@ -10,7 +10,7 @@ from deltal_jax.tasks.base import Task
 from deltal_jax.tasks.countdown import CountDown
 from deltal_jax.tasks.countdown_data import read_given
 from deltal_jax.tasks.countdown_text import CountDownText
-from deltal_jax.tasks.files import find_data, load_object
+from deltal_jax.tasks.files import find_data, load_task
 from deltal_jax.tasks.math import Math
 from deltal_jax.tasks.mixture import Mixture
 from deltal_jax.tasks.paths import Paths
@@ -20,6 +20,9 @@ from deltal_jax.tasks.procedural.generated import Generated
 
 def make_task(config: TaskConfig) -> Task:
     """The task that the config names. Raises UserError if there is none."""
+    for name in config.procedural or ():
+        if name not in KINDS:
+            raise UserError(unknown_name("task.procedural", name, KINDS))
     return _named(config.name, config)
 
 
@@ -28,9 +31,11 @@ def _named(name: str, config: TaskConfig) -> Task:
         return TASKS[name](config)
     if name in KINDS:
         options = (config.procedural or {}).get(name, {})
-        return Generated(name, {k: int(v) if v == int(v) else v for k, v in options.items()})
+        return Generated(
+            name, {k: int(v) if float(v).is_integer() else v for k, v in options.items()}
+        )
     if ".py:" in name:
-        return load_object(name, "task.name")()
+        return load_task(name)
     raise UserError(unknown_name("task.name", name, [*TASKS, *KINDS]))
 
 

@@ -13,7 +13,10 @@ from deltal_jax.config.tasks import SECTIONS
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.grading import Reward
 
-_REWARD = re.compile(r"(?:([-+]?\d+(?:\.\d+)?)\s*\*\s*)?(.+\.py:\w+)", re.DOTALL)
+_REWARD = re.compile(
+    r"(?:([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*)?([^*]+\.py:\w+)",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 def load_rewards(names: Sequence[str] | None) -> list[Reward | str]:
@@ -68,6 +71,19 @@ def absolute(name: str) -> str:
     return f"{match[1]} * {whole}" if match[1] else whole
 
 
+def load_task(name: str) -> Any:
+    """The task whose class, called without arguments, is `path/to/file.py:Class`."""
+    found = load_object(name, "task.name")
+    try:
+        task = found()
+    except Exception as error:
+        raise UserError(f"task.name: {name}() fails: {_said(error)}") from error
+    for method in ("problem", "verify"):
+        if not callable(getattr(task, method, None)):
+            raise UserError(f"task.name: {name} has no {method}; see deltal_jax/tasks/base.py")
+    return task
+
+
 def load_object(name: str, field: str) -> Any:
     """The function or class of `path/to/file.py:name`. It runs the file, as an import would."""
     path, _, attribute = name.rpartition(":")
@@ -82,8 +98,13 @@ def load_object(name: str, field: str) -> Any:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"{field}: {path} fails: {type(error).__name__}: {error}") from error
+        raise UserError(f"{field}: {path} fails: {_said(error)}") from error
     found = getattr(module, attribute, None)
     if not callable(found):
         raise UserError(f"{field}: {path} has no function or class {attribute!r}")
     return found
+
+
+def _said(error: Exception) -> str:
+    """An error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
