@@ -148,5 +148,7 @@ _FRAMES: tuple[Callable[[str], str], ...] = (
     lambda x: f"<answer>{x}</answer>",
     lambda x: f"\\boxed{{{x}",
     lambda x: x,
+    lambda x: f"\\boxed{{\\{{1, {x}\\}}}}",
+    lambda x: f"\\boxed{{x = {x}}}",
     lambda x: f"\\boxed{{{GOLD}}} no: \\boxed{{{x} + 1}}",
 )
