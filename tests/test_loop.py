@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import optax
 import pytest
 
 from deltal_jax import Reward, TrainingError, train
+from deltal_jax.cli.main import main
 from deltal_jax.config import load_config
 from deltal_jax.errors import UserError
 from deltal_jax.metrics import load_metrics
@@ -135,6 +137,9 @@ def test_a_short_run_learns(learned):
 def test_the_run_folder_holds_what_it_promises(learned):
     folder = learned.run_dir
     assert learned.status == "done" and learned.step == 40
+    assert learned.monotonicity == {"countdown": None}  # two evaluations have no order
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["monotonicity"] == learned.monotonicity and "loss = " in summary["formula"]
     assert learned.report == folder / "report.html" and learned.report.stat().st_size > 20_000
     assert (folder / "config.yaml").is_file()
     assert list((folder / "tensorboard").glob("events*"))
@@ -149,6 +154,76 @@ def test_the_run_folder_holds_what_it_promises(learned):
     ]
     assert len(rows) == 256
     assert np.mean([row["correct"] for row in rows]) == pytest.approx(learned.after["avg_at_k"])
+
+
+def evaluated(capsys, *arguments):
+    assert main(["evaluate", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def figures(metrics):
+    """Those of the task, as `before` and `after` have them."""
+    return {k.split("/", 2)[2]: v for k, v in metrics.items() if k.startswith("eval/")}
+
+
+def test_a_run_and_its_export_are_evaluated_as_the_run_did(learned, tmp_path, capsys):
+    """The same problems and random numbers: the same figures, responses and files."""
+    found = evaluated(capsys, learned.run_dir)
+    assert found["step"] == 40 and figures(found) | {"step": 40} == learned.after
+    assert found["monotonicity"] == {"countdown": None}  # of two evaluations
+    kept = learned.run_dir / "evaluations" / "step-000040.json"
+    settings = {
+        "seed": None,
+        "evaluate": dataclasses.asdict(load_run_config(kept.parents[1]).evaluate),
+    }
+    assert json.loads(kept.read_text()) | settings == json.loads(kept.read_text())
+    assert figures(json.loads(kept.read_text())) == figures(found)
+    told = learned.run_dir / "samples" / "step-000040.jsonl"
+    assert kept.with_suffix(".jsonl").read_bytes() == told.read_bytes()
+    folder = tmp_path / "exported"
+    command = ["export", str(learned.run_dir), "--to", str(folder), "--dtype", "float32"]
+    assert main(command) == 0
+    capsys.readouterr()
+    shape = ("task.", "rollout.", "length_buckets")
+    items = [f"{k}={v}" for k, v in SMALL.items() if k.startswith(shape)]
+    options = ["--config", "countdown-tiny", *items, "evaluate.problems=256"]
+    exported = evaluated(capsys, folder, *options, "--to", tmp_path / "results")
+    assert figures(exported) == figures(found) and exported["step"] is None
+    names = {path.name for path in (tmp_path / "results").iterdir()}
+    assert names == {"model.json", "model.jsonl", "model.md"}
+    assert (tmp_path / "results" / "model.jsonl").read_bytes() == told.read_bytes()
+
+
+def test_several_checkpoints_are_evaluated_at_once(learned, tmp_path, capsys):
+    options = ["evaluate.problems=32", "evaluate.samples_per_problem=4", "--to", tmp_path]
+    both = evaluated(capsys, learned.run_dir, "--step", "all", *options)["evaluations"]
+    assert [found["step"] for found in both] == [30, 40]
+    assert both[0]["eval/countdown/k"] == 4
+    alone = evaluated(capsys, learned.run_dir, "--step", "30", *options)
+    assert {k: alone[k] for k in both[0]} == both[0] != both[1]
+    assert {path.name for path in tmp_path.glob("*.json")} == {
+        "step-000030.json",
+        "step-000040.json",
+    }
+
+
+EVALUATE_REFUSALS = {
+    "step": (["--step", "7"], r"--step: .* has no checkpoint after RL step 7, but after 30, 40;"),
+    "words": (
+        ["task.countdown.max_value=30"],
+        "task.countdown.max_value: the model's tokenizer has no '26', a word of that task;",
+    ),
+    "config": (["--config", "countdown-tiny"], "--config: .* is a run, which has its own"),
+    "to": (["--to", "/dev/null/x"], "--to: cannot write to /dev/null/x: Not a directory"),
+}
+
+
+@pytest.mark.parametrize("case", EVALUATE_REFUSALS)
+def test_what_cannot_be_evaluated_is_refused_in_one_line(case, learned, capsys):
+    arguments, said = EVALUATE_REFUSALS[case]
+    assert main(["evaluate", str(learned.run_dir), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert re.match(f"deltal: {said}", err) and err.count("\n") == 1 and not out
 
 
 def test_metric_lines_have_the_standard_names(learned):
@@ -167,7 +242,7 @@ def test_metric_lines_have_the_standard_names(learned):
     last = next(x for x in reversed(lines) if x["phase"] == "rl")
     assert set(names.split()) <= set(last)
     evaluation = lines[-1]
-    for name in "avg_at_k pass_at_k maj_at_k length truncated_frac distinct".split():
+    for name in "avg_at_k pass_at_k maj_at_k length truncated_frac distinct missing_frac".split():
         assert f"eval/countdown/{name}" in evaluation
     assert last["aggregation/bias_factor"] == pytest.approx(1.0, abs=1e-5)
     assert last["mismatch/logprob_diff_max"] < 1e-4

@@ -82,6 +82,16 @@ REFUSALS = {
     ),
     "evaluate no run": (["evaluate", "nowhere"], "run.dir: nowhere is not a run folder"),
     "evaluate a bad override": (["evaluate", "nowhere", "x"], "override 'x': expected key.sub="),
+    "evaluate a checkpoint": (["evaluate", "x/checkpoints/5"], "--step: name the run, x, and its"),
+    "evaluate by no config": (
+        ["evaluate", "nowhere", "--config", "nothing"],
+        "config: no file 'nothing' and no config of that name",
+    ),
+    "evaluate a step of a model": (
+        ["evaluate", "nowhere", "--config", TINY, "--step", "3"],
+        "--step: only a run has steps",
+    ),
+    "evaluate no step": (["evaluate", "nowhere", "--step", "x"], "run.dir: nowhere is not a run"),
     "sample from no run": (["sample", "nowhere"], "run.dir: nowhere is not a run folder"),
 }
 

@@ -299,6 +299,22 @@ def test_a_run_with_adapters_is_exported_either_way(adapted, checkpoint, merge, 
     assert got.keys() == flat(load_params(checkpoint, arch)).keys()
 
 
+def test_a_folder_is_evaluated_as_a_run_from_it_begins(adapted, checkpoint, experiment, capsys):
+    """Its fresh adapters add nothing: the figures before the first step are the folder's."""
+    options = ["--config", str(experiment), "lora.rank=2", "--json"]
+    assert main(["evaluate", str(checkpoint), *options]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["model"], said["step"]) == (str(checkpoint), None)
+    first = next(line for line in timeless(adapted) if line["phase"] == "eval")
+    assert {k: v for k, v in said.items() if k.startswith("eval/")} == {
+        k: v for k, v in first.items() if k.startswith("eval/")
+    }
+    assert main(["evaluate", str(checkpoint)]) == 2
+    assert "name the experiment that has its task" in capsys.readouterr().err
+    assert main(["evaluate", str(checkpoint), "--config", "countdown-tiny"]) == 2
+    assert "rollout.max_response_length: with the prompt up to" in capsys.readouterr().err
+
+
 def test_a_run_is_asked_one_problem(adapted, capsys):
     """The response is that of `generate` to the same prompt, judged by the task."""
     assert main(["sample", str(adapted), "2 3 -> 5", "--temperature", "0", "--json"]) == 0

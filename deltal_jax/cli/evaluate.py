@@ -13,6 +13,7 @@ from deltal_jax.config import parse_overrides
 from deltal_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from deltal_jax.training.evaluate import Evaluation
     from deltal_jax.training.trained import Steps, Trained
 
 #: Where the results of a run go, in its folder.
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     import jax
 
     from deltal_jax.metrics import finite
-    from deltal_jax.training.evaluate import Evaluation, evaluate, samples_name
+    from deltal_jax.training.evaluate import evaluate, samples_name
     from deltal_jax.training.setup import make_local_engine
 
     if arguments.seed is not None:
@@ -66,15 +67,18 @@ def run(arguments: argparse.Namespace) -> int:
     for trained in _trained(arguments):
         setup = trained.setup
         config = setup.config.evaluate
-        engine = engine or make_local_engine(setup, temperature=config.temperature)
+        if engine is None:
+            engine = make_local_engine(setup, temperature=config.temperature)
+            _make(to)
         key = trained.key if arguments.seed is None else jax.random.key(arguments.seed)
-        found: Evaluation = evaluate(setup, engine, trained.params, key)
+        found = evaluate(setup, engine, trained.params, key)
         metrics = {name: finite(value) for name, value in found.metrics.items()}
         step = None if arguments.config else trained.position.step
-        results.append({"run": arguments.run, "step": step} | metrics)
+        kind = "model" if step is None else "run"
+        results.append({kind: arguments.run, "step": step} | metrics)
         if to is not None:
             settings = {"seed": arguments.seed, "evaluate": dataclasses.asdict(config)}
-            name = "model" if step is None else samples_name(step)
+            name = kind if step is None else samples_name(step)
             _write(to, name, results[-1] | settings, found, config.rows)
         if not arguments.json:
             where = f", {trained.position.phase} step {step}" if step is not None else ""
@@ -193,15 +197,22 @@ def _folder(arguments: argparse.Namespace) -> Path | None:
     return None if arguments.config else Path(arguments.run) / EVALUATIONS
 
 
-def _write(to: Path, name: str, result: dict[str, Any], found: Any, rows: int) -> None:
-    from deltal_jax.training.evaluate import write_samples
-
+def _make(to: Path | None) -> None:
+    """The folder of the results, before anything is sampled for them."""
     try:
-        write_samples(to, name, found, rows)
-        text = json.dumps(result, indent=1, ensure_ascii=False)
-        (to / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        if to is not None:
+            to.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--to: cannot write to {to}: {error.strerror}") from error
+
+
+def _write(to: Path, name: str, result: dict[str, Any], found: "Evaluation", rows: int) -> None:
+    """`<name>.json` with the figures, beside the responses."""
+    from deltal_jax.training.evaluate import write_samples
+
+    write_samples(to, name, found, rows)
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    (to / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _monotonicity(folder: Path) -> dict[str, float | None]:

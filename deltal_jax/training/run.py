@@ -83,10 +83,18 @@ class Run:
         prefix = f"eval/{self.setup.task.name}/"
         found = {k.removeprefix(prefix): v for k, v in result.metrics.items()}
         missing = found["missing_frac"]
+        ends = "/avg_at_k"
+        apart = [
+            f", {name[len('eval/') : -len(ends)]} {value:.3f}"
+            for name, value in result.metrics.items()
+            if name.endswith(ends) and name != f"{prefix}avg_at_k"
+        ]
         self.display.say(
             f"step {step}: accuracy {found['avg_at_k']:.3f} on {found['problems']:.0f} held-out "
             f"problems ({found['distinct']:.0f} distinct), length {found['length']:.1f}, truncated "
-            f"{found['truncated_frac']:.3f}" + (f", no verdict {missing:.3f}" if missing else "")
+            f"{found['truncated_frac']:.3f}"
+            + (f", no verdict {missing:.3f}" if missing else "")
+            + "".join(apart)
         )
         return found["avg_at_k"]
 

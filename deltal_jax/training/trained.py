@@ -64,7 +64,9 @@ def load_steps(
     try:
         numbers = _numbers(folder, checkpoints, steps, config.sft.steps)
         setup = make_setup(config, run_folder.model_files(folder))
-        _check_words(setup, overrides)
+        changed = [name for name in overrides if name.split(".")[0] == "task"]
+        if changed:
+            _check_words(setup, ", ".join(changed))
         for number in numbers:
             position = checkpoints.read_position(number)
             state = restore_state(checkpoints, number, setup, position)
@@ -80,11 +82,11 @@ def load_pretrained(path: str, experiment: str, overrides: dict[str, Any]) -> Tr
     """
     enable_compile_cache()
     shapeless = {f"model.{name}": getattr(ModelConfig(), name) for name in SHAPE}
-    config = load_config(
-        experiment, shapeless | {"lora.rank": 0} | overrides | {"model.path": path}
-    )
+    given = shapeless | overrides | {"lora.rank": 0, "model.path": path}
+    config = load_config(experiment, given)
     setup = make_setup(config)
     check_context(config, setup.checkpoint_config)
+    _check_words(setup, "--config")
     params = huggingface.load_params(
         find_base(setup), setup.architecture, dtype=jax.numpy.dtype(config.model.compute_dtype)
     )
@@ -114,17 +116,16 @@ def _numbers(folder: Path, checkpoints: Checkpoints, steps: Steps, warm_up: int)
     return [step + warm_up for step in (known if steps == "all" else steps)]
 
 
-def _check_words(setup: Setup, overrides: dict[str, Any]) -> None:
-    """Raises UserError where the task, as it is changed, has words that the run's tokenizer lacks,
-    which would be blamed on a prompt otherwise."""
-    changed = [name for name in overrides if name.split(".")[0] == "task"]
-    for word in (setup.task.vocabulary() if changed else None) or ():
+def _check_words(setup: Setup, fields: str) -> None:
+    """Raises UserError, naming the fields that said so, where the task has words that the tokenizer
+    lacks: otherwise the first such prompt would be blamed."""
+    for word in setup.task.vocabulary() or ():
         try:
             setup.tokenizer.encode(word)
         except UserError as error:
             raise UserError(
-                f"{', '.join(changed)}: the run's tokenizer has no {word!r}, a word of the changed "
-                "task; leave it out, or train a run with it"
+                f"{fields}: the model's tokenizer has no {word!r}, a word of that task; evaluate "
+                "the task that it was trained on"
             ) from error
 
 
