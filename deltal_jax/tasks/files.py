@@ -37,8 +37,14 @@ def pin_files(task: TaskConfig) -> TaskConfig:
     """The config with whole paths, so that it means the same in another folder."""
     mixture = {absolute(name): weight for name, weight in (task.mixture or {}).items()}
     rewards = tuple(absolute(name) for name in task.rewards or ())
+    train, held_out = task.math.train, task.math.eval
+    math = dataclasses.replace(
+        task.math,
+        train=None if train is None else str(Path(train).absolute()),
+        eval=None if held_out is None else tuple(str(Path(name).absolute()) for name in held_out),
+    )
     return dataclasses.replace(
-        task, name=absolute(task.name), mixture=mixture or None, rewards=rewards or None
+        task, name=absolute(task.name), mixture=mixture or None, rewards=rewards or None, math=math
     )
 
 
