@@ -37,15 +37,29 @@ def pin_files(task: TaskConfig) -> TaskConfig:
     """The config with whole paths, so that it means the same in another folder."""
     mixture = {absolute(name): weight for name, weight in (task.mixture or {}).items()}
     rewards = tuple(absolute(name) for name in task.rewards or ())
-    train, held_out = task.math.train, task.math.eval
-    math = dataclasses.replace(
-        task.math,
-        train=None if train is None else str(Path(train).absolute()),
-        eval=None if held_out is None else tuple(str(Path(name).absolute()) for name in held_out),
-    )
     return dataclasses.replace(
-        task, name=absolute(task.name), mixture=mixture or None, rewards=rewards or None, math=math
+        task,
+        name=absolute(task.name),
+        mixture=mixture or None,
+        rewards=rewards or None,
+        math=_pin_data(task.math),
+        countdown=_pin_data(task.countdown),
     )
+
+
+def _pin_data(section: Any) -> Any:
+    """The same with the whole paths of its files of problems."""
+    given = {name: getattr(section, name) for name in ("train", "eval")}
+    whole = {
+        name: _whole_path(value) if isinstance(value, str) else tuple(map(_whole_path, value))
+        for name, value in given.items()
+        if value is not None
+    }
+    return dataclasses.replace(section, **whole)
+
+
+def _whole_path(name: str) -> str:
+    return str(find_data(name).absolute())
 
 
 def find_data(name: str) -> Path:

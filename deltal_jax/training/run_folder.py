@@ -24,6 +24,8 @@ CHANGEABLE = (
     "run.",
     "task.math.train",  # where it lies; what is in it may not change
     "task.math.eval",
+    "task.countdown.train",
+    "task.countdown.eval",
     "model.path",
     "model.revision",
     "model.attention",
