@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltal_jax.bench import grading, loading, model, workload
+from deltal_jax.bench import data, grading, loading, model, workload
 from deltal_jax.bench import rollout as bench_rollout
 from deltal_jax.bench.measure import Timing, in_turn, ratio
 from deltal_jax.bench.peer import Peer
 from deltal_jax.bench.update import head_memory
 from deltal_jax.cli.main import main
+from deltal_jax.data.rows import open_rows
 from deltal_jax.errors import UserError
 from deltal_jax.model.attention import attend_rows
 from deltal_jax.model.huggingface import load_architecture, load_params
@@ -136,13 +137,35 @@ def test_memory_does_not_follow_the_vocabulary():
         (["objective", "--peer", "python3"], "--peer: `deltal bench objective` has no peer"),
         (
             ["model", "--folder", "here"],
-            "--folder: only `deltal bench loading` writes a checkpoint",
+            "--folder: only `deltal bench loading` and `data` write files",
         ),
     ],
 )
 def test_bad_input_is_one_line(arguments, said, capsys):
     assert main(["bench", *arguments]) == 2
     assert capsys.readouterr().err == f"deltal: {said}\n"
+
+
+def test_data_is_measured_from_files_that_are_gone_afterwards(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(data, "FORMATS", ("parquet",))
+    figures = data.benchmark_data(1, str(tmp_path), rows=700)
+    assert list(tmp_path.iterdir()) == []
+    found = figures["parquet"]
+    assert figures["load"]["rows"] == 700
+    assert found["start_over_plain_read"] == found["start_s"] / found["plain_read_s"]
+    assert found["peak_over_file"] == found["peak_bytes"] / found["bytes"]
+    assert found["prompts_per_s"] > 0
+
+
+def test_both_files_of_problems_have_the_same_rows(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(data, "GROUP", 1000)
+    found = []
+    for kind in data.FORMATS:
+        data.write_rows(tmp_path / f"rows.{kind}", 300)
+        found.append([*open_rows(tmp_path / f"rows.{kind}", "data")])
+    assert found[0] == found[1] and len({str(row["prompt"]) for row in found[0]}) == 300
 
 
 def test_aggregation_is_measured_and_printed_as_one_object(monkeypatch, capsys):

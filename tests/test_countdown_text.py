@@ -11,6 +11,7 @@ import pytest
 from deltal_jax.config import load_config
 from deltal_jax.data.prompts import prompt_ids, train_tokenizer
 from deltal_jax.errors import UserError
+from deltal_jax.tasks.base import files_of
 from deltal_jax.tasks.catalog import make_task
 from deltal_jax.tasks.countdown import CountDown
 from deltal_jax.tasks.countdown_problems import identity
@@ -240,6 +241,12 @@ def test_a_file_of_its_own_may_be_held_out_and_is_never_trained_on(tmp_path):
     assert task.summary == ("task: 27 problems to train on, 4 held out; dropped: 3 also held out")
     shown = itertools.islice(task.demonstrations(0), 20)
     assert all(prompt.endswith("<think>") for prompt, _ in shown)
+    assert files_of(task)["countdown"].rows() == 27 and files_of(CountDownText()) == {}
+    before = task.fingerprint()
+    written(tmp_path / "test.jsonl", [*shuffled, *ROWS[34:]])
+    after = made(train=train, eval=held_out, train_rows=30, eval_rows=4).fingerprint()
+    assert set(before) == {"task.countdown.train", "task.countdown.eval"}
+    assert {name for name in before if before[name] != after[name]} == {"task.countdown.eval"}
 
 
 def test_rows_that_are_no_problem_are_dropped_and_said(tmp_path):

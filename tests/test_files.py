@@ -6,6 +6,7 @@ import pytest
 
 from deltal_jax import train
 from deltal_jax.config import TaskConfig, load_config
+from deltal_jax.config.tasks import CountDownConfig, MathConfig
 from deltal_jax.errors import UserError
 from deltal_jax.metrics import load_metrics
 from deltal_jax.tasks.catalog import make_task
@@ -129,6 +130,11 @@ def test_paths_are_whole_in_what_is_saved(file):
     assert (pinned.name, pinned.rewards) == (f"{file}:Echo", ("task", f"{file}:length"))
     assert pin_files(pinned) == pinned
     assert pin_files(TaskConfig()) == TaskConfig()
+    math = MathConfig(train="a.jsonl", eval=("b.jsonl", "/c.jsonl"))
+    given = pin_files(TaskConfig(math=math, countdown=CountDownConfig(train="a.jsonl")))
+    here = file.parent
+    assert given.math.train == given.countdown.train == f"{here}/a.jsonl"
+    assert (given.math.eval, given.countdown.eval) == ((f"{here}/b.jsonl", "/c.jsonl"), None)
     assert load_object(pinned.name, "task.name")().name == "echo"
 
 

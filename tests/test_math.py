@@ -102,6 +102,65 @@ def test_a_prompt_that_is_whole_has_no_template(files, tmp_path):
     assert task.problem(0, 0).prompt == "Ask: 1+1?"
 
 
+def test_a_parquet_file_of_verl_is_trained_on_as_it_is(files, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {
+            "data_source": "orz",
+            "prompt": [
+                {"role": "system", "content": "Think."},
+                {"role": "user", "content": f"{n}+{n}?"},
+            ],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(2 * n)},
+            "extra_info": {"split": "train", "index": 1000 + n},
+        }
+        for n in range(200)
+    ]
+    path = tmp_path / "train.parquet"
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+    task = Math(str(path), files[1], verifier="reference")
+    found = [task.problem(2, position) for position in range(200)]
+    numbers = [int(problem.answer["id"]) - 1000 for problem in found if problem is not None]
+    assert sorted(numbers) == list(range(200)) != numbers
+    for number, problem in zip(numbers, found, strict=True):
+        assert problem is not None
+        assert problem.prompt == f"Think.\n\n{number}+{number}?"
+        assert problem.messages == (("system", "Think."), ("user", f"{number}+{number}?"))
+        assert problem.answer["gold"] == str(2 * number)
+        assert problem.answer["source"] == "orz"
+
+
+def test_of_a_large_file_the_first_rows_are_looked_at(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("deltal_jax.tasks.math.LOOKED_AT", 20)
+    none = [{"problem": "?"}] * 5
+    task = Math(file(tmp_path, "large.jsonl", [*none, *sums(50)]), files[1], verifier="reference")
+    assert task.summary == (
+        "task: 55 rows to train on, 10 held out; of the first 20 dropped: 5 no answer"
+    )
+    late = Math(
+        file(tmp_path, "late.jsonl", [*none * 6, *sums(50)]), files[1], verifier="reference"
+    )
+    assert "of the first 31 dropped: 30 no answer" in late.summary
+    with pytest.raises(UserError, match=r"^task\.math\.train: .* \(no answer: 30\)$"):
+        Math(file(tmp_path, "bad.jsonl", none * 6), files[1], verifier="reference")
+
+
+def test_a_fingerprint_is_of_the_data_the_template_and_the_order(files, tmp_path):
+    first = Math(*files, verifier="reference").fingerprint()
+    assert Math(files[0], files[1][::-1], verifier="reference").fingerprint() == first
+
+    def changed(*arguments, **options):
+        found = Math(*arguments, verifier="reference", **options).fingerprint()
+        return {name for name in first if first[name] != found[name]}
+
+    assert changed(*files, template="plain") == {"task.math.template"}
+    assert changed(files[0], files[1][:1]) == {"task.math.eval"}
+    longer = file(tmp_path, "longer.jsonl", sums(51))
+    assert changed(longer, files[1]) == {"task.math.train"}
+
+
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_demonstrations_are_right(tasks, verifier):
     task = tasks[verifier]

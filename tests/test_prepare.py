@@ -54,6 +54,7 @@ def test_what_was_dropped_is_counted_by_reason_with_the_first(tmp_path, capsys):
     [
         ("none.json", "ours.jsonl", "--from: "),
         ("bad.json", "ours.jsonl", "--from: "),
+        ("empty.json", "ours.jsonl", "--from: "),
         ("good.json", "ours.json", "--to: "),
         ("good.json", "there.jsonl", "--to: "),
         ("good.json", "no/folder/ours.jsonl", "--to: "),
@@ -61,9 +62,11 @@ def test_what_was_dropped_is_counted_by_reason_with_the_first(tmp_path, capsys):
 )
 def test_bad_input_is_refused_in_one_line(tmp_path, capsys, source, target, message):
     (tmp_path / "bad.json").write_text("{", encoding="utf-8")
+    (tmp_path / "empty.json").write_text("[7]", encoding="utf-8")
     (tmp_path / "there.jsonl").write_text("kept", encoding="utf-8")
     written(tmp_path, [ORZ], "good.json")
     code, said = prepared(capsys, "x", "--from", tmp_path / source, "--to", tmp_path / target)
     assert code == 2
     assert said.err.startswith(f"deltal: {message}") and said.err.count("\n") == 1
     assert (tmp_path / "there.jsonl").read_text(encoding="utf-8") == "kept"
+    assert len(list(tmp_path.iterdir())) == 4  # no part of a file stays

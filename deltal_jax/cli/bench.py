@@ -11,11 +11,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument(
         "subject",
-        choices=("objective", "update", "rollout", "model", "loading", "grading"),
+        choices=("objective", "update", "rollout", "model", "loading", "grading", "data"),
         help="objective: weights and aggregation; update: one policy update of a fixed load; "
         "rollout: sampling of a fixed load; "
         "model: forward and backward against a matrix product; loading: a checkpoint of 2 GB "
-        "against a plain read; grading: verdicts on mathematical answers",
+        "against a plain read; grading: verdicts on mathematical answers; data: the start of a run "
+        "on a million problems",
     )
     parser.add_argument(
         "--peer",
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--folder",
-        help="loading: where to write the checkpoint, on the disk to be measured (default: TMPDIR)",
+        help="loading, data: where to write files, on the disk to be measured (default: TMPDIR)",
     )
     parser.add_argument("--rounds", type=int, default=9, help="repetitions; medians are printed")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
@@ -38,8 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.rounds < 3:
         raise UserError(f"--rounds: a median needs at least 3, got {arguments.rounds}")
     peers = _peers(arguments.peer, arguments.subject)
-    if arguments.folder and arguments.subject != "loading":
-        raise UserError("--folder: only `deltal bench loading` writes a checkpoint")
+    if arguments.folder and arguments.subject not in ("loading", "data"):
+        raise UserError("--folder: only `deltal bench loading` and `data` write files")
 
     import jax
 
@@ -59,6 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
         from deltal_jax.bench.grading import benchmark_grading
 
         figures = benchmark_grading(arguments.rounds)
+    elif arguments.subject == "data":
+        from deltal_jax.bench.data import benchmark_data
+
+        figures = benchmark_data(arguments.rounds, arguments.folder)
     elif arguments.subject == "loading":
         from deltal_jax.bench.loading import benchmark_loading
 

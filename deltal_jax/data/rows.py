@@ -218,9 +218,10 @@ def _copy_blocks(path: Path, copy: IO[bytes]) -> np.ndarray:
     with parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK) as file:
         schema = _plain(file.schema_arrow)
         with pa.ipc.new_file(copy, schema) as target:
-            for batch in file.iter_batches(batch_size=16 * BLOCK):
-                for start in range(0, batch.num_rows, BLOCK):
-                    block = batch.slice(start, BLOCK).cast(schema)
+            for batch in file.iter_batches(batch_size=128 * BLOCK, use_threads=False):
+                plain = batch if batch.schema.equals(schema) else batch.cast(schema)
+                for start in range(0, plain.num_rows, BLOCK):
+                    block = plain.slice(start, BLOCK)
                     target.write_batch(block)
                     sizes.append(block.num_rows)
     copy.flush()

@@ -90,7 +90,8 @@ class ReadsFiles(Protocol):
     """What a task may have beside if its problems are rows of a file."""
 
     def rows(self) -> int:
-        """Rows to train on: so many positions of the stream are one epoch."""
+        """Rows to train on: so many positions of the stream are one epoch. 0 where there is no
+        file, as the config names none."""
         ...
 
     def fingerprint(self) -> dict[str, str]:
@@ -102,7 +103,7 @@ class ReadsFiles(Protocol):
 def files_of(task: Task) -> dict[str, ReadsFiles]:
     """The tasks that read files, by name: this one, or parts of a mixture."""
     parts = getattr(task, "parts", {task.name: task})
-    return {name: part for name, part in parts.items() if isinstance(part, ReadsFiles)}
+    return {k: part for k, part in parts.items() if isinstance(part, ReadsFiles) and part.rows()}
 
 
 @runtime_checkable

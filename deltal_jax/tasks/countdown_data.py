@@ -32,13 +32,14 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """Problems to train on and held-out ones, the `identity` of each of the latter, and what of the
-    files was dropped."""
+    """Problems to train on and held-out ones, the `identity` of each of the latter, what of the
+    files was dropped, and the files by their fields."""
 
     train: list[Example]
     held_out: list[Example]
     known: frozenset[tuple[tuple[int, ...], int]]
     dropped: Dropped
+    files: dict[str, Rows]
 
 
 class _DropError(Exception):
@@ -53,11 +54,13 @@ def read_given(train: Path, train_rows: int, held_out: Path | None, held_out_row
     """
     rows, field = open_rows(train, "task.countdown.train"), "task.countdown.train"
     examples, dropped = read_examples(rows, 0, train_rows)
+    files = {field: rows}
     if held_out is None:
         kept, bad = read_examples(rows, train_rows, held_out_rows)
     else:
         field = "task.countdown.eval"
-        kept, bad = read_examples(open_rows(held_out, field), 0, held_out_rows)
+        files[field] = open_rows(held_out, field)
+        kept, bad = read_examples(files[field], 0, held_out_rows)
     if not kept:
         why = f"{held_out or train} has no problem"
         if held_out is None:
@@ -75,7 +78,7 @@ def read_given(train: Path, train_rows: int, held_out: Path | None, held_out_row
         raise UserError(f"task.countdown.train: {train} has no problem to train on")
     dropped.counts += bad.counts
     dropped.first = bad.first | dropped.first
-    return Given(trained, kept, known, dropped)
+    return Given(trained, kept, known, dropped, files)
 
 
 def read_examples(rows: Rows, start: int, count: int | None) -> tuple[list[Example], Dropped]:

@@ -71,6 +71,13 @@ class CountDownText(Generator):
         epoch, at = divmod(position, len(self.given.train))
         return self._given(self.given.train[_order(len(self.given.train), seed, epoch)[at]])
 
+    def rows(self) -> int:
+        return 0 if self.given is None else len(self.given.train)
+
+    def fingerprint(self) -> dict[str, str]:
+        files = {} if self.given is None else self.given.files
+        return {field: rows.fingerprint for field, rows in files.items()}
+
     def held_out(self, count: int) -> list[Problem]:
         """The generator's, or the first `count` of the file's, or all where it has fewer."""
         if self.given is None:

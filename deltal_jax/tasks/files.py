@@ -41,8 +41,28 @@ def pin_files(task: TaskConfig) -> TaskConfig:
     mixture = {absolute(name): weight for name, weight in (task.mixture or {}).items()}
     rewards = tuple(absolute(name) for name in task.rewards or ())
     return dataclasses.replace(
-        task, name=absolute(task.name), mixture=mixture or None, rewards=rewards or None
+        task,
+        name=absolute(task.name),
+        mixture=mixture or None,
+        rewards=rewards or None,
+        math=_pin_data(task.math),
+        countdown=_pin_data(task.countdown),
     )
+
+
+def _pin_data(section: Any) -> Any:
+    """The same with the whole paths of its files of problems."""
+    given = {name: getattr(section, name) for name in ("train", "eval")}
+    whole = {
+        name: _whole_path(value) if isinstance(value, str) else tuple(map(_whole_path, value))
+        for name, value in given.items()
+        if value is not None
+    }
+    return dataclasses.replace(section, **whole)
+
+
+def _whole_path(name: str) -> str:
+    return str(find_data(name).absolute())
 
 
 def find_data(name: str) -> Path:

@@ -22,6 +22,10 @@ RUNS = "runs"
 #: computes.
 CHANGEABLE = (
     "run.",
+    "task.math.train",  # where it lies; what is in it may not change
+    "task.math.eval",
+    "task.countdown.train",
+    "task.countdown.eval",
     "model.path",
     "model.revision",
     "model.attention",
