@@ -288,9 +288,14 @@ def test_the_load_of_grading_has_right_and_wrong_answers_of_every_kind(groups):
     }
 
 
-def test_the_figures_of_grading_are_those_of_both_verifiers(monkeypatch):
+def test_the_figures_of_grading_are_those_of_both_verifiers_and_of_the_overlap(monkeypatch):
     monkeypatch.setattr(grading, "PROBLEMS", 2)
+    sizes = {"rl.prompts_per_step": 4, "rollout.max_response_length": 24}
+    monkeypatch.setattr(grading, "SAMPLED", sizes)
     figures = grading.benchmark_grading(3)
     for verifier in ("reference", "math_verify"):
         assert figures[verifier].pop("missing") == 0
         assert all(rate > 0 for rate in figures[verifier].values())
+    overlap = figures["overlap"]
+    assert overlap["responses"] == 32 and 0 <= overlap.pop("verdicts there before") <= 1
+    assert all(figure > 0 for figure in overlap.values())

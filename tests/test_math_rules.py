@@ -2,10 +2,12 @@ r"""The rules of verdicts: which answer of a response counts, and what is equal 
 
 import itertools
 
+import math_verify
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltal_jax.tasks import math_rules
 from deltal_jax.tasks.math_rules import REFERENCE_LENGTH, boxed, hendrycks, judge, minerva
 from tests.math_answers import VERIFIERS, agreement, judgements, read_table
 
@@ -208,6 +210,26 @@ def test_whole_numbers_are_equal_where_they_are(left, right):
         expected = "correct" if left == right else "wrong"
         assert judge(verifier, f"\\boxed{{{left}}}", f"{right}")[0] == expected
         assert judge(verifier, f"\\boxed{{{left}}}", f"{left}.0")[0] == "correct"
+
+
+WHOLE = st.integers(-3, 3) | st.sampled_from([12, 100, 234, 999, 1000])
+NUMERAL = st.one_of(
+    WHOLE.map(str),
+    WHOLE.map(lambda n: f"{n}.0"),
+    st.builds(lambda n, d: f"\\frac{{{n}}}{{{d}}}", st.integers(0, 4), st.integers(1, 4)),
+)
+TUPLE = st.lists(NUMERAL, min_size=2, max_size=3).map(", ".join).map("({})".format)
+
+
+@settings(max_examples=60)
+@given(TUPLE, TUPLE)
+def test_math_verify_says_the_same_of_several_numbers_where_it_is_not_asked(answer, gold):
+    for left, right in ((answer, gold), (answer, answer.replace(" ", ""))):
+        numbers = [math_rules._plain_numbers(text) for text in (left, right)]
+        if found := math_rules._compare_numbers(*numbers):
+            parsed = [math_rules._parsed(text) for text in (right, left)]
+            same = math_verify.verify(*parsed, timeout_seconds=None, raise_on_error=True)
+            assert (found[0] == "correct") is same
 
 
 @pytest.fixture(scope="module")

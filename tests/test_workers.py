@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deltal_jax.tasks.workers import MAX_MESSAGE, Limits, Outcome, Workers, WorkerStartError
 
-SHORT = Limits(timeout=0.3, grace=0.3)
+SHORT = Limits(timeout=0.3, wall=0.6, grace=0.3)
 CALLS = "tests.worker_calls:"
 
 
@@ -81,6 +81,14 @@ def test_whatever_a_call_does_it_has_an_outcome_and_the_next_one_a_worker(
                 assert workers.submit(*arguments).result() == Outcome("done", result)
         assert workers.counts[expected.status] == 2
         assert workers.counts.total() == (2 if good is None else 4)
+
+
+def test_time_in_which_a_call_has_no_processor_is_not_its_own():
+    """A verdict does not depend on what else the machine does."""
+    with Workers("time:sleep", 1, limits=Limits(timeout=0.2, wall=30.0)) as workers:
+        assert workers.submit(0.5).result() == Outcome("done")
+    with Workers(CALLS + "spin", 1, limits=Limits(timeout=0.2, wall=30.0)) as workers:
+        assert workers.submit(30).result() == Outcome("timeout", "inner")
 
 
 def test_bad_calls_do_not_touch_the_good_ones_beside_them():

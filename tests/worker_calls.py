@@ -40,6 +40,14 @@ def swallow(seconds: float) -> str:
     return "slept"
 
 
+def spin(seconds: float) -> None:
+    """Use so many seconds of CPU time."""
+    import time
+
+    while time.process_time() < seconds:
+        pass
+
+
 def deaf(seconds: float) -> None:
     """Sleep where no signal interrupts it."""
     import signal

@@ -20,19 +20,24 @@ class _TimedOutError(BaseException):
 
 
 class _Alarm:
-    """Raises in the main thread after so many seconds, again and again until it is disarmed."""
+    """Raises in the main thread after so many seconds, of CPU time or of any, again and again until
+    it is disarmed."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpu: float, wall: float) -> None:
         self.armed = False
-        signal.signal(signal.SIGALRM, self._ring)
+        self._seconds = {signal.ITIMER_PROF: cpu, signal.ITIMER_REAL: wall}
+        for number in (signal.SIGPROF, signal.SIGALRM):
+            signal.signal(number, self._ring)
 
-    def arm(self, seconds: float) -> None:
+    def arm(self) -> None:
         self.armed = True
-        signal.setitimer(signal.ITIMER_REAL, seconds, seconds / 4)
+        for timer, seconds in self._seconds.items():
+            signal.setitimer(timer, seconds, seconds / 4)
 
     def disarm(self) -> None:
         self.armed = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer in self._seconds:
+            signal.setitimer(timer, 0)
 
     def _ring(self, signum: int, frame: FrameType | None) -> None:
         if self.armed:
@@ -43,7 +48,8 @@ def main(options: dict[str, Any]) -> None:
     """Serve calls from standard input until it ends, which it does where the parent dies.
 
     `options` are `function` ("module:name"), `warm_up` (the arguments of calls to begin with),
-    `memory` in bytes, and `timeout` and `cpu` in seconds a call.
+    `memory` in bytes, and in seconds a call: `timeout` (of CPU time) and `wall`, after which it is
+    interrupted, and `cpu`, after which it is killed.
     """
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -59,18 +65,18 @@ def main(options: dict[str, Any]) -> None:
     function = getattr(importlib.import_module(module), name)
     for arguments in options["warm_up"]:
         function(*arguments)
-    alarm = _Alarm()
+    alarm = _Alarm(options["timeout"], options["wall"])
     _send(replies, _encoded("ready"))
     while (message := _receive(requests)) is not None:
         _limit_cpu(options["cpu"])
-        _send(replies, _call(function, message, alarm, options["timeout"]))
+        _send(replies, _call(function, message, alarm))
 
 
-def _call(function: Callable, arguments: list, alarm: _Alarm, timeout: float) -> bytes:
+def _call(function: Callable, arguments: list, alarm: _Alarm) -> bytes:
     """What became of one call, and its result or what it raised."""
     try:
         try:
-            alarm.arm(timeout)
+            alarm.arm()
             return _encoded("done", function(*arguments))
         finally:
             alarm.disarm()

@@ -39,9 +39,12 @@ Status = Literal["done", "timeout", "memory", "error", "crash"]
 class Limits:
     """Of one worker and of one call to it."""
 
-    #: Seconds after which the call is interrupted by a signal.
+    #: Seconds of CPU time after which the call is interrupted by a signal: what else the machine
+    #: does, sampling for one, decides about no verdict.
     timeout: float = 2.0
-    #: Seconds more after which the worker is killed, where the signal did not help.
+    #: Seconds after which it is interrupted however little CPU time it had.
+    wall: float = 20.0
+    #: Seconds more, of either, after which the worker is killed, where the signal did not help.
     grace: float = 1.0
     #: Bytes of the worker's address space.
     memory: int = 1 << 30
@@ -84,6 +87,7 @@ class Workers:
             "warm_up": [list(call) for call in warm_up],
             "memory": limits.memory,
             "timeout": limits.timeout,
+            "wall": limits.wall,
             "cpu": limits.timeout + limits.grace,
         }
         #: How many calls had each status so far.
@@ -189,7 +193,7 @@ class _Process:
             self.kill()
         self.calls += 1
         try:
-            status, value = self._reply(self.limits.timeout + self.limits.grace)
+            status, value = self._reply(self.limits.wall + self.limits.grace)
         except TimeoutError:
             self.kill()
             return Outcome("timeout", "outer")

@@ -106,9 +106,9 @@ def train(
             step, status = _run_phases(run, newest, position)
     finally:
         display.stop()
+        close(setup.task)
         writer.close()
         checkpoints.close()
-        close(setup.task)
     return _finish(run, step, status, time.monotonic() - started)
 
 
