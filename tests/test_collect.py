@@ -1,6 +1,8 @@
 """Rollout batches: prompts, grades and metrics that agree with them; groups in prompt order."""
 
+import dataclasses
 import heapq
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +10,22 @@ import numpy as np
 import pytest
 
 from deltal_jax.config import load_config
+from deltal_jax.errors import UserError
 from deltal_jax.objective.logprobs import token_logprobs
+from deltal_jax.rollout import engine as engine_module
 from deltal_jax.rollout.results import assemble, begin
+from deltal_jax.tasks.base import Verdict
 from deltal_jax.tasks.grading import Reward
+from deltal_jax.tasks.workers import Workers, WorkerStartError
 from deltal_jax.training.collect import RolloutStream, response_texts
-from deltal_jax.training.setup import encode_problems, init_params, make_engine, make_setup
-from tests.fakes import chain_setup, forward
+from deltal_jax.training.setup import (
+    draw_training,
+    encode_problems,
+    init_params,
+    make_engine,
+    make_setup,
+)
+from tests.fakes import Chains, chain_setup, forward
 
 OPTIONS = {
     "model.layers": 1,
@@ -187,6 +199,43 @@ def test_after_the_last_round_the_batch_is_filled_up_with_the_first_other_groups
     assert groups_of(stream.next(params, 1)) == [8, 9, 10, 11]
 
 
+def test_a_batch_that_may_not_be_filled_up_stops_the_run_and_leaves_the_stream_where_it_was():
+    options = {"rollout.dynamic_sampling": "reward", "rollout.max_rounds": 2}
+    missing = Graded(lambda response: None)
+    stream, params = chain_stream(options | {"rollout.fill_up": False}, [Reward(missing)])
+    said = r"^rollout.max_rounds: in 2 rounds only 0 of 4 groups were found whose reward varies; "
+    with pytest.raises(UserError, match=said):
+        stream.next(params, 0)
+    assert stream.next_prompt == 0 and [position for position, _ in missing.groups] == [*range(8)]
+
+
+@pytest.mark.parametrize("metric", ["reward", "accuracy"])
+def test_long_responses_are_punished_in_the_reward_and_nowhere_else(metric):
+    """M = 60, b = 58, factor 2: a response of L tokens loses 2 (L − 2)/58. A reward that is the
+    same for all then varies with the lengths, and the accuracy does not change."""
+    shaped = {"task.overlong_buffer": 58, "task.overlong_factor": 2.0}
+    options = {"rollout.dynamic_sampling": metric} | shaped
+
+    def reward(prompts, responses, answers):
+        return [None if i == 4 else 1.0 for i in range(len(responses))]
+
+    stream, params = chain_stream(options, [Reward(reward, name="one")])
+    batch = stream.next(params, 0)
+    lengths = batch.rollout.response_lengths
+    known = ~np.isnan(batch.rewards)
+    assert 0 < np.sum(~known) < len(known) and lengths.max() > 2
+    expected = 1 - 2 * np.maximum(lengths - 2, 0) / 58
+    np.testing.assert_allclose(batch.rewards[known], expected[known], rtol=1e-6)
+    assert batch.metrics["reward/overlong/mean"] == pytest.approx((expected - 1).mean())
+    assert batch.metrics["reward/one/mean"] == 1
+    texts = response_texts(stream.setup, batch.rollout)
+    even = np.asarray([len(text.split()) % 2 == 0 for text in texts])
+    assert batch.metrics["accuracy/mean"] == pytest.approx(even.mean())
+    values = batch.rewards if metric == "reward" else np.where(known, even, np.nan)
+    for group in values.reshape(4, 3):
+        assert len(set(group[~np.isnan(group)])) > 1
+
+
 def test_with_both_no_group_is_lost_and_what_is_carried_is_graded_when_its_turn_comes():
     spy = Graded(lambda response: float(len(response.split()) % 2))
     options = PARTIAL | {"rollout.dynamic_sampling": "reward"}
@@ -215,7 +264,7 @@ def test_without_options_a_batch_is_one_call_of_the_sampler(collected):
     engine = make_engine(setup, temperature=1.0)
     key = jax.random.key(0, impl="threefry2x32")
     params = init_params(setup, jax.random.key(3))
-    prompts = encode_problems(setup, [setup.task.problem(0, 12 + i) for i in range(4)], 12)
+    prompts = draw_training(setup, 12, 4).prompts
     rollout, _ = engine.generate(params, prompts, key, samples=4, step=3)
     jax.tree.map(np.testing.assert_array_equal, batches[1].rollout, rollout)
     assert not [
@@ -223,6 +272,95 @@ def test_without_options_a_batch_is_one_call_of_the_sampler(collected):
         for name in batches[1].metrics
         if name.startswith("rollout/") and ("utilization" not in name)
     ]
+
+
+class Judged(Chains):
+    """The same verdicts, by worker processes."""
+
+    def __init__(self, workers):
+        super().__init__()
+        object.__setattr__(self, "workers", workers)
+
+    def submit(self, response, answer):
+        def verdict(outcome):
+            return Verdict(float(outcome.value), outcome.value, "", str(outcome.value))
+
+        return self.workers.submit(response, then=verdict)
+
+    def verify(self, response, answer):
+        return self.submit(response, answer).result()
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with Workers("tests.worker_calls:even_words", 2) as opened:
+        opened.submit("").result()
+        yield opened
+
+
+def judged_stream(overrides, workers):
+    stream, params = chain_stream(overrides)
+    setup = dataclasses.replace(stream.setup, task=Judged(workers))
+    return RolloutStream(setup, stream.engine, KEY), params
+
+
+def judging_threads():
+    return sum(thread.name == "verdicts" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, PARTIAL, PARTIAL | {"rollout.dynamic_sampling": "reward"}],
+    ids=["plain", "partial", "dynamic and partial"],
+)
+def test_when_a_response_is_judged_changes_nothing(options, workers, monkeypatch):
+    """What is sampled, chosen, rewarded and reported is as without other processes."""
+    monkeypatch.setattr(engine_module, "CHUNK", 4)
+    (plain, params), (judged, _) = chain_stream(options), judged_stream(options, workers)
+    early = []
+    for step in range(4):
+        want, found = plain.next(params, step), judged.next(params, step)
+        early.append(found.metrics.pop("overlap/verdicts_early"))
+        for batch in (want, found):
+            del batch.metrics["time/reward"], batch.metrics["time/rollout"]
+        assert found.metrics == want.metrics
+        np.testing.assert_array_equal(found.positions, want.positions)
+        np.testing.assert_array_equal(found.rewards, want.rewards)
+        jax.tree.map(np.testing.assert_array_equal, found.rollout, want.rollout)
+        assert judged.next_prompt == plain.next_prompt and judging_threads() == 0
+        waiting = [] if judged.carried is None else judged.carried.prompts.positions.tolist()
+        assert {position for position, _ in judged._early._found} <= set(waiting)
+    assert max(early) > 0 and max(early) <= 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_sampling_that_breaks_off_leaves_no_judging_behind(error, workers, monkeypatch):
+    monkeypatch.setattr(engine_module, "CHUNK", 4)
+    stream, params = judged_stream({}, workers)
+    sample, calls = stream.engine.sample, workers.counts["done"]
+
+    def broken(*arguments, finished, **options):
+        sample(*arguments, finished=finished, **options)
+        raise error
+
+    monkeypatch.setattr(stream.engine, "sample", broken)
+    with pytest.raises(error):
+        stream.next(params, 0)
+    assert judging_threads() == 0 and stream.next_prompt == 0
+    assert not stream._early._found and workers._queue.empty()
+    monkeypatch.setattr(stream.engine, "sample", sample)
+    plain, _ = chain_stream({})
+    np.testing.assert_array_equal(stream.next(params, 0).rewards, plain.next(params, 0).rewards)
+    assert workers.counts["done"] > calls
+
+
+def test_an_error_of_the_judges_is_the_callers(monkeypatch):
+    monkeypatch.setattr(engine_module, "CHUNK", 4)
+    with Workers("math:no_such_function", 1) as none:
+        stream, params = judged_stream({}, none)
+        with pytest.raises(WorkerStartError, match="no worker for math:no_such_function: "):
+            stream.next(params, 0)
+    assert judging_threads() == 0 and stream.next_prompt == 0
 
 
 def test_a_carried_token_keeps_the_logprob_of_the_parameters_that_sampled_it():

@@ -12,18 +12,20 @@ from hypothesis import strategies as st
 from deltal_jax.config import (
     Config,
     OptimizerConfig,
+    config_files,
     config_folder,
     dump_config,
     files,
     find_config,
     load_config,
     parse_overrides,
+    shipped_configs,
 )
 from deltal_jax.config.fields import build
 from deltal_jax.errors import UserError
 
 TINY = "countdown-tiny"
-SHIPPED = sorted(config_folder().rglob("*.yaml"))
+SHIPPED = sorted(shipped_configs().values())
 
 
 @pytest.fixture
@@ -237,6 +239,73 @@ def test_some_config_is_shipped():
 def test_a_dumped_shipped_config_loads_to_an_equal_one(path, write):
     config = load_config(path, {"run.dir": "runs/ä: #1"})
     assert load_config(write(dump_config(config))) == config
+
+
+def test_a_file_is_laid_over_its_bases_field_by_field(write):
+    write("seed: 1\nrl: {steps: 5, prompts_per_step: 8, optimizer: {b1: 0.5, b2: 0.5}}\n", "a.yaml")
+    write("rl: {steps: 6, optimizer: {b2: 0.6}}\nsft: {steps: 3}\nrun: null\n", "b.yaml")
+    path = write("base: [a.yaml, b.yaml]\nrl: {optimizer: {epsilon: 1}}\nsft:\n", "c.yaml")
+    config = load_config(path, {"rl.prompts_per_step": 4})
+    assert (config.seed, config.rl.steps, config.rl.prompts_per_step) == (1, 6, 4)
+    adam = config.rl.optimizer
+    assert (adam.b1, adam.b2, adam.epsilon) == (0.5, 0.6, 1)
+    assert config.sft.steps == 3  # a section that is null changes nothing
+    assert config.run.name == "c"
+    assert load_config(write(dump_config(config), "d.yaml")) == config
+
+
+def test_a_lists_value_and_a_fields_null_are_taken_as_they_are(write):
+    write("length_buckets: [64, 300]\nobjective: {dual_clip: 3}\n", "a.yaml")
+    path = write("base: a.yaml\nlength_buckets: [400]\nobjective: {dual_clip: null}\n")
+    config = load_config(path)
+    assert config.length_buckets == (400,) and config.objective.dual_clip is None
+
+
+def test_bases_lie_beside_the_file_that_names_them_and_the_chain_is_known(write, tmp_path):
+    (tmp_path / "below").mkdir()
+    first = write("seed: 1\nrl: {steps: 1}\n", "below/first.yaml")
+    second = write("base: first.yaml\nseed: 2\n", "below/second.yaml")
+    top = write("base: [below/second.yaml, below/first.yaml]\n", "top.yaml")
+    assert config_files(top) == [first, second, top]  # a file reached twice has its first place
+    assert (load_config(top).seed, load_config(top).rl.steps) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            {"a.yaml": "base: b.yaml", "b.yaml": "base: [c.yaml]", "c.yaml": "base: a.yaml"},
+            r"a.yaml: base: the files name each other in a circle, a.yaml → b.yaml → c.yaml → "
+            r"a.yaml$",
+        ),
+        ({"a.yaml": "base: a.yaml"}, r"a.yaml: base: the files name .* circle, a.yaml → a.yaml$"),
+        ({"a.yaml": "base: no.yaml"}, r"a.yaml: base: no file \S*no.yaml$"),
+        ({"a.yaml": f"base: {'x' * 300}"}, r"a.yaml: base: no file "),
+        ({"a.yaml": "base: {b: 1}"}, r"a.yaml: base: expected a file or a list of files, got {'b"),
+        ({"a.yaml": "base: [1]"}, r"a.yaml: base: expected a file or a list of files, got \[1\]$"),
+        ({"a.yaml": "base: false"}, r"a.yaml: base: expected a file or a list of files, got Fal"),
+        (
+            {"a.yaml": "base: b.yaml", "b.yaml": "rl: {step: 3}"},
+            r"^rl.step: no such field; did you mean rl.steps\? \(in \S*b.yaml\)$",
+        ),
+        (
+            {"a.yaml": "base: b.yaml\nrl: {steps: x}", "b.yaml": "seed: 1"},
+            r"^rl.steps: expected int, got 'x' \(in \S*a.yaml\)$",
+        ),
+        ({"a.yaml": "base: b.yaml", "b.yaml": "[1"}, r"b.yaml: not valid YAML: "),
+        ({"a.yaml": "base: b.yaml", "b.yaml": "[1]"}, r"b.yaml: expected a mapping of sections"),
+    ],
+)
+def test_what_is_wrong_with_a_base_is_one_line_that_names_the_file(write, files, said):
+    paths = [write(text, name) for name, text in files.items()]
+    with pytest.raises(UserError, match=said) as refused:
+        load_config(paths[0])
+    assert "\n" not in str(refused.value)
+
+
+def test_an_override_is_no_base():
+    with pytest.raises(UserError, match=r"^base: no such field"):
+        load_config(TINY, {"base": "x.yaml"})
 
 
 #: Of a mixture.

@@ -33,6 +33,16 @@ TINY = "countdown-tiny"
             "rollout.max_prompt_length + rollout.max_response_length = 201 tokens",
         ),
         ({"rl.samples_per_prompt": 1}, "rl.samples_per_prompt: a group of 1 has no spread"),
+        (
+            {"task.overlong_buffer": 193},
+            "task.overlong_buffer: 193 is over rollout.max_response_length=192",
+        ),
+        ({"task.overlong_factor": 0.5}, "task.overlong_factor: set task.overlong_buffer too"),
+        (
+            {"task.overlong_buffer": 64, "objective.advantage": "max_rl"},
+            "task.overlong_buffer: makes rewards negative, which objective.advantage=max_rl",
+        ),
+        ({"rollout.fill_up": False}, "rollout.fill_up: set rollout.dynamic_sampling too"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(overrides, expected):
@@ -47,6 +57,8 @@ def test_fields_that_contradict_each_other_are_refused(overrides, expected):
         {"length_buckets": [200]},
         {"rl.updates_per_rollout": 16},
         {"rl.samples_per_prompt": 2},
+        {"task.overlong_buffer": 192, "task.overlong_factor": 2},
+        {"rollout.dynamic_sampling": "reward", "rollout.fill_up": False},
     ],
 )
 def test_fields_that_agree_at_the_edge_are_accepted(overrides):

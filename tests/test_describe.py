@@ -235,15 +235,28 @@ def test_what_changes_lengths_and_probabilities_is_said():
     assert "π is the softmax at temperature 0.8" in text
 
 
-@pytest.mark.parametrize("overlong", [False, True])
+@pytest.mark.parametrize(
+    ("overlong", "who"),
+    [
+        ("none", "a missing reward"),
+        ("truncated", "a missing reward and a truncated response"),
+        ("at_limit", "a missing reward and a response of 192 tokens, ended or not,"),
+    ],
+)
 @pytest.mark.parametrize("counted", [False, True])
-def test_what_counts_is_said(overlong, counted):
+def test_what_counts_is_said(overlong, who, counted):
     said = lines(overlong_filter=overlong, count_masked=counted)[""]
-    who = "a missing reward and a truncated response" if overlong else "a missing reward"
     where = "stays in the denominators" if counted else "leaves the denominators too"
     assert said == (
         f"L_i counts sampled tokens, EOS included; {who} has the weight 0 and {where}\n"
     )
+
+
+def test_the_soft_punishment_is_said():
+    changes = {"task.overlong_buffer": 128, "task.overlong_factor": 0.5}
+    text = formula(load_config("countdown-tiny", changes))
+    assert "\nr_i  = reward + min(-(length_i - 64) / 128 · 0.5, 0)\n" in text
+    assert "r_i  =" not in formula(load_config("countdown-tiny"))
 
 
 def test_the_memory_estimate_is_near_what_the_compiler_says():
@@ -310,8 +323,8 @@ def test_one_line_says_what_of_sampling_is_not_the_default():
     assert describe_sampling(load_config("countdown-tiny")) == ""
     options = {"rollout.dynamic_sampling": "reward", "rollout.oversampling": 1.5}
     assert describe_sampling(load_config("countdown-tiny", options)) == (
-        "rollouts: 16 groups whose reward varies, in at most 10 rounds; 1.5 prompts begun for each "
-        "group needed"
+        "rollouts: 16 groups whose reward varies, in at most 10 rounds, then filled up; 1.5 "
+        "prompts begun for each group needed"
     )
     options = {
         "rollout.partial": True,

@@ -9,7 +9,7 @@ import pytest
 
 from deltal_jax import __version__
 from deltal_jax.cli.main import COMMANDS, main
-from deltal_jax.config import config_folder, describe_fields, load_config
+from deltal_jax.config import describe_fields, load_config, shipped_configs
 
 TINY = "countdown-tiny"
 
@@ -167,7 +167,7 @@ def test_a_dry_run_as_json_is_one_object_that_agrees_with_the_config(deltal, tmp
     code, out, err = deltal("train", TINY, *overrides, "--dry-run", "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
-    assert found.keys() == {"batch", "memory_bytes", "formula"}
+    assert found.keys() == {"files", "notes", "batch", "memory_bytes", "formula"}
     assert found["batch"]["responses_per_minibatch"] == 16 * 8 // 4
     assert found["batch"]["updates_per_step"] == 4 * 2
     loss = "loss of each mini-batch = 4 · Σ_(i in mini-batch) (w_i Σ_t ℓ_it)      delta_l, "
@@ -219,13 +219,15 @@ def test_the_effective_formula_names_method_scope_and_constant(deltal, overrides
 
 
 def test_configs_lists_every_shipped_experiment_with_its_summary(deltal):
-    names = [
-        path.relative_to(config_folder()).with_suffix("").as_posix()
-        for path in sorted(config_folder().rglob("*.yaml"))
-    ]
+    names = list(shipped_configs())
+    assert TINY in names and "paper/math-delta-l" in names
+    assert not [name for name in names if name.startswith("bases/")]
     code, out, err = deltal("configs")
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == names
+    groups = [[line.split()[0] for line in group.splitlines()] for group in out.split("\n\n")]
+    assert [name for group in groups for name in group] == names
+    folders = [{name.rpartition("/")[0] for name in group} for group in groups if group]
+    assert all(len(folder) == 1 for folder in folders) and len(folders) > 1
     code, as_json, err = deltal("configs", "--json")
     assert (code, err) == (0, "")
     found = json.loads(as_json)

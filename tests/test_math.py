@@ -1,14 +1,18 @@
 r"""The task Math: problems in a reproducible order, prompts by template, verdicts by workers."""
 
 import json
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from deltal_jax import train
+from deltal_jax.data.prompts import problems_at
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.base import Problem, VerifiesBatches
 from deltal_jax.tasks.countdown import CountDown
-from deltal_jax.tasks.grading import MISSING, grade
+from deltal_jax.tasks.grading import MISSING, Reward, grade
 from deltal_jax.tasks.math import MAX_RESPONSE, TEMPLATES, Math
 from deltal_jax.tasks.workers import Limits
 from deltal_jax.training.groups import missing_metrics
@@ -47,19 +51,30 @@ def tasks(files):
 
 def test_every_problem_comes_once_an_epoch_in_an_order_of_the_seed(tasks):
     task = tasks["reference"]
-    epochs = [[task.problem(5, 47 * e + n).answer["gold"] for n in range(47)] for e in range(3)]
-    assert [sorted(map(int, epoch)) for epoch in epochs] == [list(range(0, 94, 2))] * 3
+
+    def epoch(seed, number):
+        """What the file's 50 rows come to, of which 3 are held out."""
+        found = [task.problem(seed, 50 * number + n) for n in range(50)]
+        return [int(problem.answer["gold"]) for problem in found if problem is not None]
+
+    epochs = [epoch(5, number) for number in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(0, 94, 2))] * 3
     assert epochs[0] != epochs[1] != epochs[2]
-    assert epochs[0] != [task.problem(6, n).answer["gold"] for n in range(47)]
+    assert epochs[0] != epoch(6, 0)
     assert task.problem(5, 10**9) == task.problem(5, 10**9)
+    assert task.rows() == 50
 
 
 def test_no_problem_of_an_evaluation_file_is_trained_on(tasks):
     task = tasks["reference"]
-    trained = {task.problem(0, n).prompt for n in range(47)}
+    positions = [n for n in range(50) if task.problem(0, n) is not None]
+    trained = {problem.prompt for problem in problems_at(task, 0, positions)}
+    assert len(trained) == 47
     held_out = [problem.prompt for problem in task.held_out(100)]
     assert len(held_out) == 10 and trained.isdisjoint(held_out)
-    assert task.held_out(4) == task.held_out(100)[:4]
+    everything = task.held_out(100)
+    assert task.held_out(4) == [*everything[:4], *everything[6:]]  # 4 of each data set
+    assert [problem.dataset for problem in task.held_out(2)] == ["one", "one", "two", "two"]
     assert task.summary == (
         "task: 47 problems to train on, 10 held out; dropped: 3 also in an evaluation file"
     )
@@ -88,17 +103,18 @@ def test_a_prompt_that_is_whole_has_no_template(files, tmp_path):
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
-def test_demonstrations_are_right_and_made_of_the_vocabulary(tasks, verifier):
-    task, words = tasks[verifier], set(tasks[verifier].vocabulary())
+def test_demonstrations_are_right(tasks, verifier):
+    task = tasks[verifier]
+    assert task.vocabulary() is None
     stream = task.demonstrations(3)
-    problems = [task.problem(3, n) for n in range(47)]
+    found = [task.problem(3, n) for n in range(50)]
+    problems = [problem for problem in found if problem is not None]
     pairs = [next(stream) for _ in problems]
     assert [prompt for prompt, _ in pairs] == [problem.prompt for problem in problems]
     verdicts = task.verify_batch(
         [(said, problem.answer) for (_, said), problem in zip(pairs, problems, strict=True)]
     )
     assert all(verdict.correct for verdict in verdicts)
-    assert {word for pair in pairs for text in pair for word in text.split()} <= words
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
@@ -205,3 +221,46 @@ def test_a_template_without_a_place_and_a_training_file_that_is_held_out_are_ref
         Math(*files, template=str(bad))
     with pytest.raises(UserError, match=r"^task\.math\.train: all its problems"):
         Math(files[1][0], files[1])
+
+
+def children():
+    """Processes that this one has started and not ended."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    return {child for listed in tasks for child in listed.read_text().split()}
+
+
+TINY = {
+    "sft.steps": 0,
+    "rl.steps": 2,
+    "rl.prompts_per_step": 2,
+    "rl.samples_per_prompt": 2,
+    "rollout.max_response_length": 8,
+    "rollout.max_prompt_length": 64,
+    "length_buckets": [72],
+    "evaluate.problems": 2,
+    "model.layers": 1,
+    "model.d_model": 16,
+    "model.head_dim": 8,
+    "model.d_ff": 16,
+    "run.report": False,
+    "task.name": "math",
+    "task.math.verifier": "reference",
+    "task.math.template": "plain",
+}
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError, KeyboardInterrupt])
+def test_a_run_leaves_no_worker_behind_however_it_ends(error, files, tmp_path):
+    before, during = children(), set()
+
+    def reward(prompts, responses, answers):
+        during.update(children() - before)
+        if error is not None:
+            raise error
+        return [0.0] * len(responses)
+
+    data = {"task.math.train": files[0], "task.math.eval": files[1]}
+    options = TINY | data | {"run.dir": str(tmp_path / "run")}
+    with nullcontext() if error is None else pytest.raises(error):
+        train("countdown-tiny", options, rewards=[Reward(reward)], quiet=True)
+    assert during and not during & children()

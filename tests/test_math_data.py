@@ -81,12 +81,14 @@ def test_prompts_of_verl_are_used_as_they_are(tmp_path, file):
     texts = [VERL, VERL | {"prompt": whole}]
     for row in texts[: 1 if file == "rows.parquet" else 2]:
         examples, _ = read_examples(written(tmp_path, [row], file), "data")
-        assert examples == [Example(whole, "42", "orz", "5", complete=True)]
+        messages = (("user", whole),) if row is VERL else ()
+        assert examples == [Example(whole, "42", "orz", "5", True, messages)]
     system = {"role": "system", "content": "Think."}
     (found,), _ = read_examples(
         written(tmp_path, [VERL | {"prompt": [system, *VERL["prompt"]]}], file), "data"
     )
     assert found.text == f"Think.\n\n{whole}"
+    assert found.messages == (("system", "Think."), ("user", whole))
 
 
 def test_our_own_format_comes_back_as_it_was(tmp_path):
@@ -179,7 +181,7 @@ def test_a_broken_line_is_dropped_and_counted(tmp_path):
         ("rows.json", b"{}", "is no list of problems"),
         ("rows.json", b"[]", "it is empty"),
         ("rows.jsonl", b"", "it is empty"),
-        ("rows.jsonl", b"\xff", "can't be read"),
+        ("rows.jsonl", b"\xff", r"has no problem with an answer \(not JSON: 1\)"),
         ("rows.parquet", b"PAR1", "is not Parquet"),
         ("rows.parquet", b"", "is not Parquet"),
         ("none.parquet", None, "can't be read"),

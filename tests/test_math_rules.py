@@ -1,5 +1,7 @@
 r"""The rules of verdicts: which answer of a response counts, and what is equal to the known one."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,6 +87,77 @@ def test_what_the_reference_cannot_read_is_wrong_and_math_verify_has_no_verdict_
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        r"\{1, 9^{9^{9}}\}",
+        "(10^{10^{10}}, 1)",
+        "[1, 2^{2^{30}}x)",
+        r"x \le 3^{10000000}",
+        "x = (99999!)!",
+        r"\begin{pmatrix} 1 & 2^{-99999999999} \\ 3 & 4 \end{pmatrix}",
+        r"\text{or } 9^{9^{9}}",
+    ],
+)
+def test_math_verify_is_not_asked_where_one_of_several_values_is_too_large(answer):
+    verdict = judge("math_verify", f"\\boxed{{{answer}}}", r"\{1, 2\}")
+    assert verdict[:2] == ("unparsed", "too large")
+
+
+#: What may stand between several answers, and around them.
+BETWEEN = [
+    ",",
+    ", ",
+    ";",
+    " or ",
+    r"\text{ or }",
+    r"\text{or}",
+    "=",
+    r"\ ",
+    r"\\",
+    "|",
+    "/",
+    r"\pm ",
+]
+BETWEEN += [
+    r"\approx ",
+    r"\to ",
+    "&",
+    "\n",
+    "$, $",
+    r"\vee ",
+    r"\cup ",
+    "<",
+    ":",
+    ",x=",
+    r"\mid ",
+    "-",
+]
+BETWEEN += [
+    r"\text{ and } ",
+    "%",
+    r"\text{ }=",
+    r"\text{ },x=",
+    r"\text{ } \text{ }=",
+    "\u200b",
+    r"\!",
+]
+AROUND = ["%s", r"\{%s\}", "(%s)", "[%s]", "$%s$", r"\text{%s}", "x=%s", r"x \in \{%s\}"]
+
+
+@BOTH
+def test_no_answer_is_right_for_two_known_ones_but_for_words_that_the_reference_calls_a_unit(
+    verifier,
+):
+    twice = set()
+    for between, around, known in itertools.product(BETWEEN, AROUND, (["5", "6"], ["A", "B"])):
+        said = f"\\boxed{{{around % between.join(known)}}}"
+        if all(judge(verifier, said, gold)[0] == "correct" for gold in known):
+            twice.add(between)
+    known = {"reference": {r"\text{ }=", r"\text{ },x="}, "math_verify": set()}
+    assert twice == known[verifier]
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         (r"\dfrac{1}{2}", r"\frac{1}{2}"),
@@ -94,6 +167,7 @@ def test_what_the_reference_cannot_read_is_wrong_and_math_verify_has_no_verdict_
         ("0.5", r"\frac{1}{2}"),
         (r"\sqrt2", r"\sqrt{2}"),
         (r"5 \text{ cm}", "5"),
+        (r"5 \text{ or } 6 \text{ or } 7", r"5\text{or}6\text{or}7"),
         (r"90^\circ", "90"),
         (r"50\%", "50"),
         ("x = 5", "5"),
@@ -156,14 +230,14 @@ def test_verdicts_on_the_table_are_those_of_people_but_for_the_differences_that_
 
 def test_how_often_the_verifiers_agree_with_people_and_with_each_other(said):
     rows = read_table()
-    assert len(rows) == 366 and len({(row.answer, row.gold) for row in rows}) == 366
+    assert len(rows) == 414 and len({(row.answer, row.gold) for row in rows}) == 414
     assert {row.right for row in rows} == {True, False}
     right = {v: sum(v not in row.differs for row in rows) for v in VERIFIERS}
-    assert right == {"reference": 304, "math_verify": 351}
+    assert right == {"reference": 333, "math_verify": 381}
     pairs = zip(said["reference"], said["math_verify"], strict=True)
-    assert sum((left == "correct") != (right == "correct") for left, right in pairs) == 55
+    assert sum((left == "correct") != (right == "correct") for left, right in pairs) == 70
     # What people call wrong and a verifier rewards is what a policy would learn.
-    for verifier, falsely in (("reference", 3), ("math_verify", 3)):
+    for verifier, falsely in (("reference", 21), ("math_verify", 20)):
         verdicts = zip(rows, said[verifier], strict=True)
         assert sum(not row.right and verdict == "correct" for row, verdict in verdicts) == falsely
 

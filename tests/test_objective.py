@@ -28,6 +28,7 @@ from deltal_jax.training.objective import (
     surrogate_options,
     weigh,
 )
+from deltal_jax.types import Rollout
 from tests import fakes
 
 COUNT = 24
@@ -41,7 +42,7 @@ OPTIONS = {
     "objective.normalizer": 37.0,
 }
 TRUNCATED, MISSING = (2, 9, 21), (5, 9, 12)
-FILTERS = [(False, False), (True, False), (False, True), (True, True)]
+FILTERS = [("none", False), ("truncated", False), ("none", True), ("truncated", True)]
 
 
 def config(**objective):
@@ -127,7 +128,7 @@ def test_weights_are_those_of_the_aggregation_in_its_scope(name, scope, rollout,
             rollout,
             rewards,
         )
-        out = {*MISSING, *(TRUNCATED if overlong_filter else ())}
+        out = {*MISSING, *(TRUNCATED if overlong_filter == "truncated" else ())}
         where = jnp.asarray([i not in out for i in range(COUNT)])
         for method, weights in ((name, found.weights), (auxiliary, found.auxiliary_weights)):
             want = direct_weights(method, lengths, advantages, scope, where, count_masked)
@@ -144,10 +145,88 @@ def test_filters_change_the_denominators_by_hand(rollout, rewards):
         given = config(
             aggregation="token_mean", overlong_filter=overlong_filter, count_masked=count_masked
         )
-        trained = known & ~rollout.truncated if overlong_filter else known
+        trained = known & ~rollout.truncated if overlong_filter == "truncated" else known
         total = lengths.sum() if count_masked else lengths[trained].sum()
         found = weigh(given, rollout, rewards).weights
         np.testing.assert_allclose(found, np.where(trained, 1 / total, 0), rtol=1e-6)
+
+
+def small_batch(lengths, ended, limit):
+    """A rollout of responses of these lengths to prompts of one token, two a group."""
+    count, width = len(lengths), limit + 1
+    at = np.arange(width)[None]
+    lengths = np.asarray(lengths, np.int32)
+    zeros = np.zeros((count, width), np.int32)
+    return Rollout(
+        tokens=zeros,
+        prompt_lengths=np.ones(count, np.int32),
+        lengths=lengths + 1,
+        loss_mask=(at >= 1) & (at <= lengths[:, None]),
+        logprobs=zeros.astype(np.float32),
+        truncated=~np.asarray(ended),
+        group_ids=(np.arange(count) // 2).astype(np.int32),
+    )
+
+
+#: M = 6, B = 8 in four groups of two and two mini-batches. The third response ends with an EOS
+#: exactly at M, the sixth is cut off there. ΣL = 32.
+LENGTHS, ENDED = (2, 4, 6, 4, 3, 6, 5, 2), (1, 1, 1, 1, 1, 0, 1, 1)
+REWARDS = np.asarray([1, 0, 1, 0, 0, 1, 1, 0], np.float32)
+
+
+def paper_weights(**objective):
+    options = {
+        "rollout.max_response_length": 6,
+        "rl.prompts_per_step": 4,
+        "rl.samples_per_prompt": 2,
+        "rl.updates_per_rollout": 2,
+    }
+    options |= {f"objective.{name}": value for name, value in objective.items()}
+    rollout = small_batch(LENGTHS, np.asarray(ENDED, bool), 6)
+    return weigh(load_config("countdown-tiny", options), rollout, REWARDS)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_the_papers_norms_by_hand():
+    """M = 6, B = 8; all Σ_i w_i are 1/M but those of GRPO and of DAPO."""
+    lengths = np.asarray(LENGTHS)
+    inverse = 1 / 2 + 1 / 4 + 1 / 6 + 1 / 4 + 1 / 3 + 1 / 6 + 1 / 5 + 1 / 2  # Σ_j 1/L_j
+    # Micro-batches of 4 responses: 2 + 4 + 6 + 4 = 16 tokens and 3 + 6 + 5 + 2 = 16; K = 2.
+    cases = {
+        "sequence_mean": 1 / (8 * lengths),
+        "token_mean": np.full(8, 1 / 32),
+        "local_token_mean": np.full(8, 1 / (2 * 16)),
+        "constant_length": np.full(8, 1 / 48),
+        "delta_l": 1 / lengths / inverse / 6,
+    }
+    for name, expected in cases.items():
+        found = paper_weights(aggregation=name).weights
+        np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=name)
+    # Of two: 2 + 4, 6 + 4, 3 + 6 and 5 + 2 tokens; K = 4.
+    found = paper_weights(aggregation="local_token_mean", microbatch_size=2).weights
+    expected = 1 / (4 * np.repeat([6, 10, 9, 7], 2))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    found = paper_weights(alpha=0.75).weights
+    expected = lengths**-0.75 / (lengths**-0.75).sum() / 6
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_the_references_overlong_filter_takes_every_response_of_the_limit_by_hand():
+    """No loss where the last place has a token, even an EOS; group statistics and denominators are
+    those of all: Σ_j L_j stays 32, and every advantage is (r − 1/2) / (√(1/2) + 1e-6)."""
+    reference = {"overlong_filter": "at_limit", "count_masked": True, "aggregation": "token_mean"}
+    found = paper_weights(**reference)
+    np.testing.assert_allclose(found.weights, np.asarray([1, 1, 0, 1, 1, 0, 1, 1]) / 32, rtol=1e-6)
+    expected = (REWARDS - 0.5) / (0.5**0.5 + 1e-6)
+    np.testing.assert_allclose(found.advantages, expected, rtol=1e-6)
+    cut_off = paper_weights(**reference | {"overlong_filter": "truncated"}).weights
+    np.testing.assert_allclose(cut_off, np.asarray([1, 1, 1, 1, 1, 0, 1, 1]) / 32, rtol=1e-6)
+    left = paper_weights(**reference | {"count_masked": False}).weights
+    np.testing.assert_allclose(left, np.asarray([1, 1, 0, 1, 1, 0, 1, 1]) / 20, rtol=1e-6)
+    # Micro-batches of 4 still have 16 tokens each, and K stays 2.
+    local = paper_weights(**reference | {"aggregation": "local_token_mean"}).weights
+    np.testing.assert_allclose(local, np.asarray([1, 1, 0, 1, 1, 0, 1, 1]) / 32, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
@@ -169,7 +248,7 @@ def test_advantages_are_those_of_the_estimator_and_leave_missing_rewards_out(
     }[name]()
     plain, filtered = (
         weigh(config(advantage=name, overlong_filter=filter_), rollout, rewards)
-        for filter_ in (False, True)
+        for filter_ in ("none", "truncated")
     )
     np.testing.assert_allclose(plain.advantages, want, rtol=1e-6, atol=1e-7)
     assert np.all(plain.advantages[list(MISSING)] == 0) and np.any(plain.advantages != 0)

@@ -2,11 +2,13 @@
 the problem streams."""
 
 import ast
+import itertools
 import json
 import random
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +25,10 @@ from deltal_jax.tasks.procedural.generated import CLOSE, OPEN, Generated, _datas
 from deltal_jax.tasks.procedural.reading import MAX_ANSWER
 from tests.procedural_cases import CASES, mutated
 
-PROBLEMS, MUTATIONS = 5, 50
+PROBLEMS, MUTATIONS = 5, 45
+#: Tasks whose generator's scorer says otherwise: it wants the layout of its own answer, no zeros
+#: before a number, takes numbers that are nearly the same, or reads // and a sign before a sum.
+SCORED_OTHERWISE = ("futoshiki", "base_conversion", "number_sorting", "puzzle24")
 #: Tasks most of whose problems have several solutions.
 OPEN_ENDED = ("graph_color", "jugs", "sokoban", "shortest_path")
 
@@ -45,23 +50,30 @@ def test_there_are_tasks_of_six_domains_and_each_is_judged_here():
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_verdicts_on_mutated_answers_are_those_of_another_judge(name):
+def test_verdicts_on_mutated_answers_are_those_of_a_judge_and_of_the_generators_scorer(name):
     task, case, rng, right = Generated(name), CASES[name], random.Random(name), 0
-    for position in range(PROBLEMS):
-        problem = task.problem(0, position)
-        answer = problem.answer
+    source, entries = task._source("train/0"), itertools.count()
+    for _ in range(PROBLEMS):
+        entry = next(
+            e for e in map(source.__getitem__, entries) if not task.is_held_out(task._problem(e))
+        )
+        answer = task._problem(entry).answer
         value = case.parse(answer["example"])
         assert case.solves(value, answer["facts"])
         assert task.verify(said(answer["example"]), answer).correct
-        for _ in range(MUTATIONS):
-            other = mutated(rng, value)
-            text = case.write(other)
+        spoilt: dict[str, Any] = {}
+        while len(spoilt) < MUTATIONS:  # of the answer, or of one that is spoilt already
+            other = mutated(rng, rng.choice([value, value, *spoilt.values()]))
+            spoilt[case.write(other)] = other
+        for text, other in spoilt.items():
             judged = bool(case.solves(other, answer["facts"]))
             verdict = task.verify(said(text), answer)
             assert verdict.correct == judged, (answer, text, verdict)
             assert verdict.reward == float(judged)
             right += judged
-    assert 0 < right < PROBLEMS * MUTATIONS
+            if name not in SCORED_OTHERWISE:  # its scorers execute text: this one is our own
+                assert (source.score_answer(text, entry) == 1.0) == judged, (answer, text)
+    assert right < PROBLEMS * MUTATIONS
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -258,6 +270,29 @@ def test_every_solution_of_a_sum_of_letters_and_of_24_is_accepted():
         ("24", False),
     ]:
         assert correct("puzzle24", text, numbers) == right, text
+
+
+def test_a_numeral_is_judged_by_its_value_and_zero_is_never_asked_for():
+    facts = {"decimal_value": 30, "source_base": 10, "target_base": 16}
+    for text, right in [
+        ("1e", True),
+        ("001E", True),
+        ("0x1e", False),
+        ("1g", False),
+        ("30", False),
+    ]:
+        assert correct("base_conversion", text, facts) == right, text
+    assert correct("base_conversion", "0", facts | {"decimal_value": 0}, example="")
+    least = {"min_value": 0, "max_value": 1}
+    assert Generated("base_conversion")._source("x") is _dataset(
+        "base_conversion", "x", '{"min_value": 1}'
+    )
+    assert Generated("base_conversion", least).problem(0, 0).answer["example"] in ("", "1")
+
+
+def test_a_known_answer_that_is_none_leaves_the_reward_missing():
+    verdict = Generated("gcd").verify(said("1"), {"facts": {"numbers": [2, 3]}, "example": ""})
+    assert (verdict.reward, verdict.correct, verdict.missing) == (None, False, "unparsed")
 
 
 def test_who_lies_may_be_said_in_any_order_but_not_twice_in_different_ways():

@@ -128,6 +128,16 @@ def test_the_clip_range_is_asymmetric():
     np.testing.assert_allclose(losses, [0.9, 0.95, 1.4, 5.0], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("dual", "capped"), [(3.0, [3.0, 3.0]), (10.0, [4.0, 10.0])])
+def test_the_papers_clips_by_hand(dual, capped):
+    """Ranges 0.2 and 0.3; dual clip 3 in its experiments on aggregation, 10 in those with DAPO."""
+    ratio, clips = jnp.asarray([0.5, 1.25, 1.4, 4.0, 12.0]), {"clip_low": 0.2, "clip_high": 0.3}
+    losses = clipped(jnp.log(ratio), jnp.zeros(5), jnp.ones(5), **clips, dual_clip=dual)
+    np.testing.assert_allclose(losses, [-0.5, -1.25, -1.3, -1.3, -1.3], rtol=1e-6)
+    losses = clipped(jnp.log(ratio), jnp.zeros(5), -jnp.ones(5), **clips, dual_clip=dual)
+    np.testing.assert_allclose(losses, [0.8, 1.25, 1.4, *capped], rtol=1e-6)
+
+
 def test_without_a_dual_clip_a_negative_advantage_has_no_upper_bound():
     far = jnp.asarray([math.log(1000.0)])
     bound = dict(clip_low=LOW, clip_high=HIGH)

@@ -1,9 +1,10 @@
 """List the experiments that come with the package, or every config field."""
 
 import argparse
+import itertools
 import json
 
-from deltal_jax.config import config_folder, describe_fields
+from deltal_jax.config import describe_fields, shipped_configs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +27,13 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{name}\n    {kind}, default {shown}: {help_}")
         return 0
     found = {}
-    for path in sorted(config_folder().rglob("*.yaml")):
+    for name, path in shipped_configs().items():
         header = path.read_text(encoding="utf-8").split("\n", 1)[0]
-        name = path.relative_to(config_folder()).with_suffix("").as_posix()
         found[name] = header.lstrip("# ").strip()
     if arguments.json:
         print(json.dumps(found, ensure_ascii=False))
         return 0
-    for name, summary in found.items():
-        print(f"{name:24}{summary}")
+    width = max(map(len, found)) + 2
+    for _, group in itertools.groupby(found, key=lambda name: name.rpartition("/")[0]):
+        print("\n".join(f"{name:{width}}{found[name]}" for name in group), end="\n\n")
     return 0

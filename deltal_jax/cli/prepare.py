@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from deltal_jax.errors import UserError
@@ -18,7 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FILE",
         help=".json, .jsonl or .parquet, in the format of ORZ-57k, MATH500, AIME24, AMC, Minerva, "
-        "GSM8K or verl",
+        "GSM8K or verl; or, with --task countdown, of Countdown-Tasks-3to4 or verl",
+    )
+    parser.add_argument(
+        "--task", choices=("math", "countdown"), default="math", help="what the problems are of"
     )
     parser.add_argument(
         "--to", dest="target", required=True, metavar="FILE", help="a new .jsonl file"
@@ -28,24 +32,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert; the exit code."""
-    from deltal_jax.tasks.math_data import read_examples
+    from deltal_jax.data.rows import open_rows
+    from deltal_jax.tasks import countdown_data, math_data
 
     target = Path(arguments.target)
     if target.suffix != ".jsonl":
         raise UserError(f"--to: {target} does not end in .jsonl")
     if target.exists():
         raise UserError(f"--to: {target} exists; name a new file")
-    examples, dropped = read_examples(Path(arguments.source), "--from")
-    lines = [json.dumps(example.row() | {"source": arguments.name}) + "\n" for example in examples]
+    data = countdown_data if arguments.task == "countdown" else math_data
+    rows, dropped = open_rows(Path(arguments.source), "--from"), math_data.Dropped()
+    count = 0
+    # Under another name until it is whole.
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        target.write_text("".join(lines), encoding="utf-8")
+        with partial.open("x", encoding="utf-8") as file:
+            for example in data.stream_examples(rows, dropped, "--from"):
+                file.write(json.dumps(example.row() | {"source": arguments.name}) + "\n")
+                count += 1
+        partial.rename(target)
     except OSError as error:
         raise UserError(f"--to: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
     if arguments.json:
-        found = {"problems": len(examples), "dropped": dropped.counts, "first": dropped.first}
+        found = {"problems": count, "dropped": dropped.counts, "first": dropped.first}
         print(json.dumps(found, ensure_ascii=False))
         return 0
-    print(f"{target}: {len(examples)} problems, {dropped.counts.total()} rows dropped")
+    print(f"{target}: {count} problems, {dropped.counts.total()} rows dropped")
     for reason, count in dropped.counts.most_common():
         print(f"  {count:>7}  {reason}\n           first {dropped.first[reason]}")
     return 0

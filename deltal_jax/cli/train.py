@@ -67,7 +67,7 @@ def _parse_profile(text: str | None) -> tuple[int, int] | None:
 
 
 def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
-    from deltal_jax.config import dump_config
+    from deltal_jax.config import config_files, dump_config
     from deltal_jax.training.describe import (
         batch_arithmetic,
         describe_model,
@@ -76,22 +76,26 @@ def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
         formula,
         memory_estimate,
     )
+    from deltal_jax.training.plan import make_plan
     from deltal_jax.training.run_folder import check_run_folder
-    from deltal_jax.training.setup import check_setup, make_setup
 
     if name is None:
         raise UserError("config: --dry-run needs an experiment")
     config = load_config(name, overrides)
     check_run_folder(config)
-    setup = make_setup(config)
-    check_setup(setup)
-    counts, memory = batch_arithmetic(config), memory_estimate(config, setup.architecture)
+    plan = make_plan(config)
+    files = [str(file) for file in config_files(name)]
+    counts, memory = batch_arithmetic(config), memory_estimate(config, plan.architecture)
     if as_json:
-        print(json.dumps({"batch": counts, "memory_bytes": memory, "formula": formula(config)}))
+        facts = {"files": files, "notes": plan.notes, "formula": formula(config)}
+        print(json.dumps(facts | {"batch": counts, "memory_bytes": memory}, ensure_ascii=False))
         return 0
+    print("# " + "\n#   over ".join(reversed(files)))
     print(dump_config(config))
-    print(f"{describe_model(config, setup.architecture)}\n")
-    if found := describe_task(setup.task):
+    for note in plan.notes:
+        print(note, end="\n\n")
+    print(f"{describe_model(config, plan.architecture)}\n")
+    if plan.task is not None and (found := describe_task(plan.task)):
         print(found, end="\n\n")
     print(formula(config), end="\n\n")
     if sampling := describe_sampling(config):
@@ -105,8 +109,6 @@ def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
 
 
 def _print_table(result) -> None:
-    from deltal_jax.analysis.statistics import wilson_interval
-
     print(f"\n{'':24}{'warm-up':>16}{'now (step ' + str(result.after.get('step', 0)) + ')':>18}")
     rows = (("accuracy (avg@k)", "avg_at_k"), ("pass@k", "pass_at_k"), ("length", "length"))
     for label, key in (*rows, ("truncated", "truncated_frac")):
@@ -116,9 +118,12 @@ def _print_table(result) -> None:
             )
             print(f"{label:24}{next(figures):>16}{next(figures):>18}")
     if result.after:
-        intervals = [wilson_interval(r["avg_at_k"], r["problems"] * r["k"]) for r in both(result)]
-        shown = [f"{low:.3f} – {high:.3f}" for low, high in intervals]
+        ends = [[r.get(f"avg_at_k_{end}") for end in ("low", "high")] for r in both(result)]
+        shown = ["unknown" if None in pair else "{:.3f} – {:.3f}".format(*pair) for pair in ends]
         print(f"{'95 % interval':24}{shown[0]:>16}{shown[1]:>18}")
+    for name, order in result.monotonicity.items():
+        if order is not None:
+            print(f"{'monotonicity, ' + name:24}{order:>34.3f}")
     print(f"\nwall time  {result.seconds:.0f} s\nrun        {result.run_dir}")
     if result.report is not None:
         print(f"report     {result.report}")

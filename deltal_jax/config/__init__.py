@@ -9,11 +9,13 @@ them; `files.py` finds, reads and writes YAML. Every error names the field and t
 
 from deltal_jax.config.fields import describe_fields
 from deltal_jax.config.files import (
+    config_files,
     config_folder,
     dump_config,
     find_config,
     load_config,
     parse_overrides,
+    shipped_configs,
 )
 from deltal_jax.config.rules import SCOPED
 from deltal_jax.config.schema import (
@@ -57,10 +59,12 @@ __all__ = [
     "SftConfig",
     "Surrogate",
     "TaskConfig",
+    "config_files",
     "config_folder",
     "describe_fields",
     "dump_config",
     "find_config",
     "load_config",
     "parse_overrides",
+    "shipped_configs",
 ]

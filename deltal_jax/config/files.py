@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,22 @@ from deltal_jax.config.rules import check
 from deltal_jax.config.schema import Config
 from deltal_jax.errors import UserError
 
+#: The key of a file that names those below it, and the folder of shipped ones that are no
+#: experiments themselves.
+BASE, BASES = "base", "bases"
+
 
 def load_config(name: str | Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a YAML config by path or name and apply dotted overrides, `{"rl.steps": 10}`."""
-    path = find_config(str(name))
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
-    tree.setdefault("run", {})
+    """Read a YAML config by path or name, over the files that its `base` names, and apply dotted
+    overrides, `{"rl.steps": 10}`."""
+    path, tree = find_config(str(name)), {}
+    layers = _layers(path)
+    for file, layer in layers.items():
+        if len(layers) > 1:
+            _name_file(file, layer)
+        tree = _over(tree, layer)
+    if tree.get("run") is None:
+        tree["run"] = {}
     if isinstance(tree["run"], dict):
         tree["run"].setdefault("name", path.stem)
     for key, value in (overrides or {}).items():
@@ -31,6 +37,60 @@ def load_config(name: str | Path, overrides: dict[str, Any] | None = None) -> Co
     config = build(Config, tree)
     check(config)
     return config
+
+
+def config_files(name: str | Path) -> list[Path]:
+    """The files that a config is made of, in the order in which they are laid over one another:
+    what its `base` names, then itself."""
+    return list(_layers(find_config(str(name))))
+
+
+def _layers(path: Path, above: tuple[Path, ...] = ()) -> dict[Path, dict]:
+    """The tree of each file, bases first; one that is reached twice has its first place.
+
+    `base` is one file or a list of them, relative to the file that names them; each is laid over
+    those before it. Raises UserError, naming the file, for a circle.
+    """
+    if path.resolve() in [file.resolve() for file in above]:
+        circle = " → ".join(file.name for file in (*above, path))
+        raise UserError(f"{path}: base: the files name each other in a circle, {circle}")
+    tree, found = _read(path), {}
+    bases = tree.pop(BASE, None)
+    names = [bases] if isinstance(bases, str) else [] if bases is None else bases
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: base: expected a file or a list of files, got {bases!r}")
+    for name in names:
+        below = Path(os.path.normpath(path.parent / name))
+        if not _is_file(below):
+            raise UserError(f"{path}: base: no file {below}")
+        for file, layer in _layers(below, (*above, path)).items():
+            found.setdefault(file, layer)
+    return found | {path: tree}
+
+
+def _read(path: Path) -> dict:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
+    return tree
+
+
+def _name_file(path: Path, layer: dict) -> None:
+    """Raises UserError for what no file may say, with the file's name: there are several."""
+    try:
+        build(Config, layer)
+    except UserError as error:
+        raise UserError(f"{error} (in {path})") from error
+
+
+def _over(below: Any, above: Any) -> Any:
+    """Field by field; a section that is null is an empty one."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return below if isinstance(below, dict) and above is None else above
+    return below | {key: _over(below.get(key), value) for key, value in above.items()}
 
 
 def dump_config(config: Config) -> str:
@@ -56,17 +116,28 @@ def parse_overrides(items: list[str]) -> dict[str, Any]:
 def find_config(name: str) -> Path:
     """The file of a config: a path, or the name of one that comes with the package."""
     for path in (Path(name), config_folder() / f"{name.removesuffix('.yaml')}.yaml"):
-        try:
-            if path.is_file():
-                return path
-        except (OSError, ValueError):  # a name too long, or with a NUL
-            break
-    folder = config_folder()
-    known = [str(p.relative_to(folder).with_suffix("")) for p in sorted(folder.rglob("*.yaml"))]
+        if _is_file(path):
+            return path
     raise UserError(
         f"config: no file {name!r} and no config of that name"
-        f"{_nearest(name, known)}; `deltal configs` lists them"
+        f"{_nearest(name, list(shipped_configs()))}; `deltal configs` lists them"
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        return False
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The experiments that come with the package, by name: those of the folder itself first."""
+    folder = config_folder()
+    found = [path.relative_to(folder) for path in folder.rglob("*.yaml")]
+    found = sorted((path for path in found if path.parts[0] != BASES), key=lambda p: p.parts)
+    found.sort(key=lambda path: len(path.parts))
+    return {path.with_suffix("").as_posix(): folder / path for path in found}
 
 
 def config_folder() -> Path:

@@ -71,6 +71,7 @@ def check(config: Config) -> None:
             "log-probabilities are of fewer tokens than the trainer's; set it to none"
         )
     _check_server(rollout)
+    _check_overlong(config)
     _check_objective(config.objective)
     _check_rollout(config)
 
@@ -128,6 +129,8 @@ def _check_rollout(config: Config) -> None:
         raise UserError(
             f"rollout.slots: {rollout.slots} do not split over rollout.devices={rollout.devices}"
         )
+    if rollout.dynamic_sampling == "none" and not rollout.fill_up:
+        raise UserError("rollout.fill_up: set rollout.dynamic_sampling too, or leave it out")
     if rollout.dynamic_sampling != "none" and config.rl.samples_per_prompt == 1:
         raise UserError(
             "rollout.dynamic_sampling: nothing varies in a group of 1; leave it at none, or set "
@@ -160,6 +163,24 @@ def _check_rollout(config: Config) -> None:
                 "objective.importance_correction=token_truncate, or objective.old_logprobs=sampler "
                 "and a surrogate with a ratio"
             )
+
+
+def _check_overlong(config: Config) -> None:
+    task, limit = config.task, config.rollout.max_response_length
+    if task.overlong_buffer is None:
+        if task.overlong_factor != TaskConfig().overlong_factor:
+            raise UserError("task.overlong_factor: set task.overlong_buffer too, or leave it out")
+        return
+    if task.overlong_buffer > limit:
+        raise UserError(
+            f"task.overlong_buffer: {task.overlong_buffer} is over "
+            f"rollout.max_response_length={limit}"
+        )
+    if config.objective.advantage == "max_rl":
+        raise UserError(
+            "task.overlong_buffer: makes rewards negative, which objective.advantage=max_rl does "
+            "not take; leave it out, or choose another advantage"
+        )
 
 
 def _check_server(rollout: RolloutConfig) -> None:

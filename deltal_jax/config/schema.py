@@ -50,7 +50,12 @@ class RunConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     chat_template: bool = field(
-        False, "put prompts into the tokenizer's chat template, as a user's message"
+        False,
+        "put prompts into the tokenizer's chat template: messages of the data as they are, text as "
+        "a user's message",
+    )
+    overlong_prompts: Literal["drop", "error"] = field(
+        "drop", "training prompts over rollout.max_prompt_length: leave out and count, or stop"
     )
 
 
@@ -146,8 +151,9 @@ class RolloutConfig:
     dynamic_sampling: Literal["none", "reward", "accuracy"] = field(
         "none", "train on groups in which this varies, and sample until there are enough"
     )
-    max_rounds: int = field(
-        10, "dynamic sampling: rounds at most; then the batch is filled up with other groups", low=1
+    max_rounds: int = field(10, "dynamic sampling: rounds at most, to find enough groups", low=1)
+    fill_up: bool = field(
+        True, "dynamic sampling: too few groups are filled up with others; false: the run stops"
     )
     oversampling: float = field(
         1.0, "prompts that a round may begin for each group that it needs", low=1.0, high=100.0
@@ -185,7 +191,10 @@ class ObjectiveConfig:
         None, "autocorrelation of token gradients at distances 1, 2, …; for inverse_variance"
     )
     microbatch_size: int = field(4, "responses that local_token_mean averages over", low=1)
-    overlong_filter: bool = field(False, "give truncated responses the weight 0")
+    overlong_filter: Literal["none", "truncated", "at_limit"] = field(
+        "none",
+        "responses of weight 0: those cut off, or all of max_response_length, ended there or not",
+    )
     count_masked: bool = field(False, "keep filtered responses in the denominators")
     advantage: Advantage = field("group_standardize", "advantage estimator")
     surrogate: Surrogate = field("clipped", "per-token loss")
@@ -249,8 +258,8 @@ class RlConfig:
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
     every: int = field(20, "RL steps between evaluations; 0: only before and after", low=0)
-    problems: int = field(512, "held-out problems", low=1)
-    samples_per_problem: int = field(1, "responses a problem: k of avg@k and pass@k", low=1)
+    problems: int = field(512, "held-out problems, of each data set at most", low=1)
+    samples_per_problem: int = field(1, "responses a problem: k of avg@k, pass@k and maj@k", low=1)
     temperature: float = field(1.0, "sampling temperature; 0 is greedy", low=0.0)
     rows: int = field(16, "responses in the readable table of each evaluation", low=0)
 

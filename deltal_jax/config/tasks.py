@@ -73,6 +73,13 @@ class TaskConfig:
     rewards: tuple[str, ...] | None = field(
         None, "what is maximised: task, file.py:function, 0.1 * file.py:function; null: [task]"
     )
+    overlong_buffer: int | None = field(
+        None,
+        "soft overlong punishment: over the last so many tokens before the length limit the reward "
+        "falls by up to overlong_factor; null: none",
+        low=1,
+    )
+    overlong_factor: float = field(1.0, "what a response of the length limit loses", low=1e-9)
 
 
 #: Sections of tasks, by the name of the task.

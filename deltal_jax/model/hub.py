@@ -42,6 +42,19 @@ def find_checkpoint(path: str, revision: str | None = None) -> Path:
         ) from error
 
 
+def is_here(path: str, revision: str | None = None) -> bool:
+    """Whether `find_checkpoint` needs to fetch nothing: a folder, or in the hub's cache."""
+    try:
+        if Path(path).expanduser().is_dir():
+            return True
+        from huggingface_hub import snapshot_download
+
+        snapshot_download(path, revision=revision, allow_patterns=FILES, local_files_only=True)
+    except Exception:  # of paths, the hub, its cache, or its package that is not there
+        return False
+    return True
+
+
 def pinned(path: str, revision: str | None) -> tuple[str, str | None]:
     """The same path and revision so that they mean the same for ever: the absolute path of a
     folder, or the commit that a hub's branch or tag is at now."""

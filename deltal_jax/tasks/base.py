@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any, Literal, Protocol, runtime_checkable
 
 #: Why a reward is missing.
@@ -12,12 +13,14 @@ Missing = Literal["timeout", "unparsed", "crash"]
 class Problem:
     """One prompt with what is needed to verify a response to it. `answer` is plain JSON data;
     `task` names the part of a mixture that it comes from, `dataset` the data set that a held-out
-    problem is of, where the task has several."""
+    problem is of, where the task has several. `messages` are the prompt's (role, content) where the
+    data have them, which a chat template then takes as they are."""
 
     prompt: str
     answer: Any
     task: str = ""
     dataset: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +54,13 @@ class Task(Protocol):
         where they are free text."""
         ...
 
-    def problem(self, seed: int, position: int) -> Problem:
-        """The training problem at a position of the stream of this seed; never a held-out one."""
+    def problem(self, seed: int, position: int) -> Problem | None:
+        """The training problem at a position of the stream of this seed; never a held-out one.
+        None, always there, where a data set has none: the stream goes on behind it."""
         ...
 
     def held_out(self, count: int) -> list[Problem]:
-        """`count` evaluation problems, the same for every seed."""
+        """`count` evaluation problems (of each data set at most), the same for every seed."""
         ...
 
     def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:
@@ -79,6 +83,43 @@ class VerifiesBatches(Protocol):
     def verify_batch(self, pairs: Sequence[tuple[str, Any]]) -> list[Verdict]:
         """The verdicts on (response, answer) pairs, in order."""
         ...
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """What a task may have beside if its problems are rows of a file."""
+
+    def rows(self) -> int:
+        """Rows to train on: so many positions of the stream are one epoch."""
+        ...
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the stream of problems depends on beside the config, by name: a run goes on with
+        nothing else."""
+        ...
+
+
+def files_of(task: Task) -> dict[str, ReadsFiles]:
+    """The tasks that read files, by name: this one, or parts of a mixture."""
+    parts = getattr(task, "parts", {task.name: task})
+    return {name: part for name, part in parts.items() if isinstance(part, ReadsFiles)}
+
+
+@runtime_checkable
+class VerifiesAside(Protocol):
+    """What a task may have beside `verify`: verdicts that others work out while the caller goes
+    on."""
+
+    def submit(self, response: str, answer: Any) -> Future[Verdict] | None:
+        """Begin to judge one response; may block while too many wait. None where `verify` is as
+        quick. The verdict is the same whenever it is asked for."""
+        ...
+
+
+def close(task: Task) -> None:
+    """End what the task has started, such as processes, if it has a `close` of its own."""
+    if callable(own := getattr(task, "close", None)):
+        own()
 
 
 def verify_all(task: Task, pairs: Sequence[tuple[str, Any]]) -> list[Verdict]:

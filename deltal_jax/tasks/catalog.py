@@ -1,16 +1,15 @@
 """Every task by its name in a config."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from deltal_jax.config import TaskConfig
 from deltal_jax.errors import UserError
 from deltal_jax.objective.names import unknown_name
 from deltal_jax.tasks.base import Task
 from deltal_jax.tasks.countdown import CountDown
-from deltal_jax.tasks.countdown_data import read_given
-from deltal_jax.tasks.countdown_text import CountDownText
-from deltal_jax.tasks.files import load_object
+from deltal_jax.tasks.countdown_data import Given
+from deltal_jax.tasks.countdown_text import CountDownRows, CountDownText
+from deltal_jax.tasks.files import find_data, load_object
 from deltal_jax.tasks.math import Math
 from deltal_jax.tasks.mixture import Mixture
 from deltal_jax.tasks.paths import Paths
@@ -44,19 +43,19 @@ def _countdown(config: TaskConfig) -> Task:
     }
     if options.form == "trace":
         return CountDown(**size)
-    given = None
-    if options.train is not None:
-        held_out = None if options.eval is None else Path(options.eval)
-        given = read_given(Path(options.train), options.train_rows, held_out, options.eval_rows)
-    return CountDownText(**size, grammar=options.grammar, given=given)
+    if options.train is None:
+        return CountDownText(**size, grammar=options.grammar)
+    held_out = None if options.eval is None else find_data(options.eval)
+    given = Given(find_data(options.train), options.train_rows, held_out, options.eval_rows)
+    return CountDownRows(**size, grammar=options.grammar, given=given)
 
 
 def _math(config: TaskConfig) -> Task:
     options = config.math
     assert options.train is not None and options.eval is not None  # by the config's rules
     return Math(
-        options.train,
-        options.eval,
+        str(find_data(options.train)),
+        [str(find_data(name)) for name in options.eval],
         verifier=options.verifier,
         template=options.template,
         workers=options.workers,

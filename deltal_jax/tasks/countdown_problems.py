@@ -55,7 +55,7 @@ class Generator:
         """The problem with its prompt."""
         raise NotImplementedError
 
-    def problem(self, seed: int, position: int) -> Problem:
+    def problem(self, seed: int, position: int) -> Problem | None:
         rng = random.Random(f"countdown/train/{seed}/{position}")
         return next(p for p, _ in self._problems(rng) if not self.is_held_out(p))
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deltal_jax.config import TaskConfig
+from deltal_jax.config import TaskConfig, config_folder
+from deltal_jax.config.tasks import SECTIONS
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.grading import Reward
 
@@ -39,6 +40,22 @@ def pin_files(task: TaskConfig) -> TaskConfig:
     return dataclasses.replace(
         task, name=absolute(task.name), mixture=mixture or None, rewards=rewards or None
     )
+
+
+def find_data(name: str) -> Path:
+    """A file of problems: a path, or that of one that comes with the package."""
+    path, shipped = Path(name).expanduser(), config_folder() / name
+    return shipped if shipped.is_file() and not path.is_file() else path
+
+
+def missing_files(task: TaskConfig) -> list[str]:
+    """Files of problems that the config names and that are not there."""
+    found: list[str] = []
+    for name in {task.name, *(task.mixture or {})}.intersection(SECTIONS):
+        for field in ("train", "eval"):
+            given = getattr(getattr(task, name), field, None)
+            found += [given] if isinstance(given, str) else given or ()
+    return [name for name in found if not find_data(name).is_file()]
 
 
 def absolute(name: str) -> str:

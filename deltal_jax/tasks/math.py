@@ -1,21 +1,35 @@
 r"""Math: problems from files, answers in \boxed{}, judged in worker processes (`workers.py`)."""
 
+import collections
 import dataclasses
-import functools
+import hashlib
 import importlib.util
-import random
+import itertools
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from deltal_jax.data.epochs import epochs, order_fingerprint
+from deltal_jax.data.rows import open_rows
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.base import Missing, Problem, Verdict
-from deltal_jax.tasks.math_data import Example, read_examples
+from deltal_jax.tasks.math_data import (
+    DropError,
+    Dropped,
+    Example,
+    make_example,
+    nothing_in,
+    stream_examples,
+)
 from deltal_jax.tasks.math_rules import WARM_UP
 from deltal_jax.tasks.workers import Limits, Outcome, Workers
 
 #: Characters of a response, from its end, that are judged.
 MAX_RESPONSE = 4000
+#: Rows of the training file that are looked at before a run begins, to say what is dropped.
+LOOKED_AT = 10_000
 #: What `task.math.template` may name; a file may be named instead.
 TEMPLATES = {
     "plain": "{problem}",
@@ -37,12 +51,15 @@ MISSING: dict[str, tuple[Missing, str]] = {
     "crash": ("crash", "the verifier crashed"),
     "error": ("crash", "the verifier failed"),
 }
+_HELD_OUT = "also in an evaluation file"
 
 
 class Math:
     """The problems of the file `train`, and of `held_out_files` for evaluation.
 
-    A problem of an evaluation file is never trained on. `verifier` is a rule of `math_rules.py`.
+    Of the former, which may be large, a row is read when its turn comes; the latter are held in
+    memory. A problem of an evaluation file is never trained on. `verifier` is a rule of
+    `math_rules.py`.
     """
 
     name = "math"
@@ -64,51 +81,89 @@ class Math:
             )
         self.verifier, self._template = verifier, _read_template(template)
         self._count, self._limits = workers, limits or Limits()
-        files = [read_examples(Path(path), "task.math.eval")[0] for path in held_out_files]
-        self._held_out = [example for file in files for example in file]
-        known = {_bare(example.text) for example in self._held_out}
-        examples, self.dropped = read_examples(Path(train), "task.math.train")
-        self._train = []
-        for number, example in enumerate(examples):
-            if _bare(example.text) in known:
-                self.dropped.add("also in an evaluation file", example.text, number)
-            else:
-                self._train.append(example)
-        if not self._train:
-            raise UserError("task.math.train: all its problems are those of task.math.eval")
+        self._workers: Workers | None = None
+        self._lock = threading.Lock()  # training and evaluation may both be the first to ask
+        held_out = [open_rows(Path(path), "task.math.eval") for path in held_out_files]
+        self._held_out = [
+            example
+            for rows in held_out
+            for example in stream_examples(rows, Dropped(), "task.math.eval")
+        ]
+        self._known = {_bare(example.text) for example in self._held_out}
+        self._train = open_rows(Path(train), "task.math.train")
+        self._files = {"task.math.train": [self._train], "task.math.eval": held_out}
+        self._streams: dict[int, Sequence[Example | None]] = {}
+        self._looked_at, self.dropped = self._look()
+
+    def _look(self) -> tuple[int, Dropped]:
+        """How many of the first rows were looked at, and what of them is dropped.
+
+        Raises UserError where no row is a problem.
+        """
+        dropped, field = Dropped(), "task.math.train"
+        for number, row in enumerate(self._train):
+            if number >= LOOKED_AT and dropped.counts.total() < number:
+                return number, dropped
+            try:
+                self._example(row, number)
+            except DropError as reason:
+                dropped.add(str(reason), row, number)
+        if dropped.counts.total() == len(self._train):
+            if set(dropped.counts) == {_HELD_OUT}:
+                raise UserError(f"{field}: all its problems are those of task.math.eval")
+            raise UserError(nothing_in(self._train.path, dropped, field))
+        return len(self._train), dropped
 
     @property
     def summary(self) -> str:
-        """How many problems there are, and what of the training file was dropped."""
-        said = f"task: {len(self._train):,} problems to train on, {len(self._held_out):,} held out"
+        """How many problems there are, and what of the training file is dropped."""
         reasons = [f"{count:,} {reason}" for reason, count in self.dropped.counts.most_common()]
+        held_out = f"{len(self._held_out):,} held out"
+        if self._looked_at < len(self._train):
+            said = f"task: {len(self._train):,} rows to train on, {held_out}"
+            return (
+                f"{said}; of the first {self._looked_at:,} dropped: {', '.join(reasons) or 'none'}"
+            )
+        count = len(self._train) - self.dropped.counts.total()
+        said = f"task: {count:,} problems to train on, {held_out}"
         return f"{said}; dropped: {', '.join(reasons)}" if reasons else said
 
-    def vocabulary(self) -> list[str]:
-        words: set[str] = set()
-        for example in [*self._train, *self._held_out]:
-            words.update(self._problem(example).prompt.split(), _response(example).split())
-        return sorted(words)
+    def vocabulary(self) -> None:
+        """Prompts and responses are free text."""
 
-    def problem(self, seed: int, position: int) -> Problem:
-        """Every problem once an epoch, in an order of the seed and the epoch."""
-        epoch, at = divmod(position, len(self._train))
-        return self._problem(self._train[_order(len(self._train), seed, epoch)[at]])
+    def rows(self) -> int:
+        return len(self._train)
+
+    def fingerprint(self) -> dict[str, str]:
+        files = {
+            name: " ".join(sorted(rows.fingerprint for rows in found))
+            for name, found in self._files.items()
+        }
+        template = hashlib.sha256(self._template.encode()).hexdigest()
+        order = order_fingerprint(len(self._train))
+        return files | {"task.math.template": template, "order": order}
+
+    def problem(self, seed: int, position: int) -> Problem | None:
+        """Every row once an epoch, in an order of the seed and the epoch; None where it is no
+        problem to train on."""
+        example = self._at(seed, position)
+        return None if example is None else self._problem(example)
 
     def held_out(self, count: int) -> list[Problem]:
-        """The first `count` of the evaluation files, or all where they have fewer."""
-        return [
-            dataclasses.replace(self._problem(example), dataset=example.source)
-            for example in self._held_out[:count]
-        ]
+        """The first `count` of each evaluation set, or all where it has fewer."""
+        met: collections.Counter[str] = collections.Counter()
+        kept = []
+        for example in self._held_out:
+            met[example.source] += 1
+            if met[example.source] <= count:
+                kept.append(dataclasses.replace(self._problem(example), dataset=example.source))
+        return kept
 
     def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:
-        position = 0
-        while True:
-            epoch, at = divmod(position, len(self._train))
-            example = self._train[_order(len(self._train), seed, epoch)[at]]
-            yield self._problem(example).prompt, _response(example)
-            position += 1
+        for position in itertools.count():
+            example = self._at(seed, position)
+            if example is not None:
+                yield self._problem(example).prompt, f"\\boxed{{{example.answer}}}"
 
     def parse_problem(self, text: str) -> Problem:
         """Any text is a problem, whose answer nobody knows."""
@@ -125,33 +180,59 @@ class Math:
         The reward is None where there is none: the verifier ran out of time or memory, failed or
         crashed, or could not read the answer.
         """
-        calls = [(self.verifier, text[-MAX_RESPONSE:], known["gold"]) for text, known in pairs]
-        outcomes = self._workers.map(call for call in calls if call[2])
-        found = iter(outcomes)
-        unknown = Verdict(None, False, "no known answer")
-        return [_verdict(next(found)) if call[2] else unknown for call in calls]
+        return [future.result() for future in [self.submit(*pair) for pair in pairs]]
+
+    def submit(self, response: str, answer: Any) -> Future[Verdict]:
+        """The verdict of `verify_batch`, later."""
+        if answer["gold"]:
+            call = self.verifier, response[-MAX_RESPONSE:], answer["gold"]
+            return self._open().submit(*call, then=_verdict)
+        unknown: Future[Verdict] = Future()
+        unknown.set_result(Verdict(None, False, "no known answer"))
+        return unknown
 
     def close(self) -> None:
         """End the workers; new ones start where they are needed again."""
-        if "_workers" in self.__dict__:
-            self._workers.close()
-            del self._workers
+        with self._lock:
+            workers, self._workers = self._workers, None
+        if workers is not None:
+            workers.close()
 
-    @functools.cached_property
-    def _workers(self) -> Workers:
-        return Workers(
-            "deltal_jax.tasks.math_rules:judge",
-            self._count,
-            limits=self._limits,
-            warm_up=[(self.verifier, *call) for call in WARM_UP],
-        )
+    def _open(self) -> Workers:
+        with self._lock:
+            if self._workers is None:
+                self._workers = Workers(
+                    "deltal_jax.tasks.math_rules:judge",
+                    self._count,
+                    limits=self._limits,
+                    warm_up=[(self.verifier, *call) for call in WARM_UP],
+                )
+            return self._workers
+
+    def _at(self, seed: int, position: int) -> Example | None:
+        if seed not in self._streams:
+            self._streams[seed] = epochs(len(self._train), seed, self._usable)
+        return self._streams[seed][position]
+
+    def _usable(self, number: int) -> Example | None:
+        try:
+            return self._example(self._train[number], number)
+        except DropError:
+            return None
+
+    def _example(self, row: Any, number: int) -> Example:
+        """The problem of a training row. Raises DropError where there is none to train on."""
+        example = make_example(row, self._train.path.stem, number)
+        if _bare(example.text) in self._known:
+            raise DropError(_HELD_OUT)
+        return example
 
     def _problem(self, example: Example) -> Problem:
         prompt = example.text
         if not example.complete:
             prompt = self._template.replace("{problem}", prompt)
         known = {"gold": example.answer, "source": example.source, "id": example.id}
-        return Problem(prompt, known)
+        return Problem(prompt, known, messages=example.messages)
 
 
 def _verdict(outcome: Outcome) -> Verdict:
@@ -164,19 +245,8 @@ def _verdict(outcome: Outcome) -> Verdict:
     return Verdict(float(kind == "correct"), kind == "correct", why, answer)
 
 
-def _response(example: Example) -> str:
-    return f"\\boxed{{{example.answer}}}"
-
-
 def _bare(text: str) -> str:
     return " ".join(text.split())
-
-
-@functools.lru_cache(4)
-def _order(count: int, seed: int, epoch: int) -> list[int]:
-    order = list(range(count))
-    random.Random(f"math/train/{seed}/{epoch}").shuffle(order)
-    return order
 
 
 def _read_template(name: str) -> str:

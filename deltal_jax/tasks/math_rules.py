@@ -38,6 +38,11 @@ MAX_NESTING = 40
 _PLAIN = re.compile(r"(-?)(?:(\d+(?:\.\d+)?)|\\[dt]?frac\{(\d+)\}\{(\d+)\})", re.ASCII)
 _BOXES = ("\\boxed{", "\\boxed {", "\\fbox{")
 _TRAILING = re.compile(r"(?:(?<!\\)[\s.]|\\[,;! ])+$")
+#: What stands between the expressions of a list, a set, an interval, a matrix or a relation.
+_BETWEEN = re.compile(
+    r"[,;=<>&]|\\\\|\\[{}]|\\(?:le|leq|ge|geq|ne|neq|in|cup|cap)(?![A-Za-z])"
+    r"|\\(?:begin|end)\{[a-z]*\}|\\(?:text|mathrm|mbox)\{[^{}]*\}"
+)
 _FLOAT = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)", re.ASCII)
 
 
@@ -160,14 +165,20 @@ def _refusal(answer: str) -> str:
         deepest = max(deepest, depth)
     if deepest > MAX_NESTING:
         return "nested too deep"
-    try:
-        node = latex_values.parse(answer)
-        latex_values.evaluate(node, dict.fromkeys(latex_values.letters(node), Fraction(2)))
-    except latex_values.TooLargeError:
-        return "too large"
-    except ValueError:
-        pass
-    return ""
+    return "too large" if any(map(_is_too_large, [answer, *_BETWEEN.split(answer)])) else ""
+
+
+def _is_too_large(text: str) -> bool:
+    """Whether it is an expression of a value that is too large; brackets may be left open."""
+    for form in (text, text.lstrip("([ ").rstrip(")] ")):
+        try:
+            node = latex_values.parse(form)
+            latex_values.evaluate(node, dict.fromkeys(latex_values.letters(node), Fraction(2)))
+        except latex_values.TooLargeError:
+            return True
+        except ValueError:
+            continue
+    return False
 
 
 def _equal_floats(left: str, right: str) -> bool:
@@ -182,7 +193,8 @@ def hendrycks(text: str) -> str:
     text = text.replace("tfrac", "frac").replace("dfrac", "frac")
     for noise in (r"\left", r"\right", r"^{\circ}", r"^\circ", r"\$", "$", r"\%", "%"):
         text = text.replace(noise, "")
-    text = text.split(r"\text{ ")[0]  # a unit
+    if text.count(r"\text{ ") == 1:  # a unit; more of them are words
+        text = text.split(r"\text{ ")[0]
     text = re.sub(r"(^| |\{)\.(?=\d)", r"\g<1>0.", text)
     left, equals, right = text.partition("=")
     if equals and len(left.strip()) <= 2 and "=" not in right:

@@ -6,19 +6,24 @@ import json
 import math
 import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
-from deltal_jax.data.prompts import training_problems
-from deltal_jax.rollout.base import RolloutEngine
+from deltal_jax.data.prompts import Drop, problems_at
+from deltal_jax.errors import UserError
+from deltal_jax.rollout.base import Finished, RolloutEngine
 from deltal_jax.rollout.results import assemble, begin, join, take
 from deltal_jax.rollout.schedule import RolloutStats
-from deltal_jax.tasks.base import Problem
-from deltal_jax.tasks.grading import Reward, grade
+from deltal_jax.tasks.base import files_of
+from deltal_jax.tasks.early import EarlyVerdicts
+from deltal_jax.tasks.grading import Grades, Reward, grade
+from deltal_jax.tasks.shaping import soft_overlong_punishment
 from deltal_jax.training.groups import (
     Groups,
     choose,
@@ -27,8 +32,11 @@ from deltal_jax.training.groups import (
     rows_of,
     take_groups,
 )
-from deltal_jax.training.setup import Setup, encode_problems
+from deltal_jax.training.setup import Setup, draw_training
 from deltal_jax.types import Prompts, Responses, Rollout
+
+#: The punishment of long responses among the parts of a reward.
+OVERLONG = "overlong"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +59,7 @@ class _Gathered:
     good: list[bool] = dataclasses.field(default_factory=list)
     rounds: list[RolloutStats] = dataclasses.field(default_factory=list)
     grading: float = 0.0  # seconds
+    early: int = 0  # verdicts that were there before
 
 
 class RolloutStream:
@@ -65,6 +74,9 @@ class RolloutStream:
     few in the end, the first of the others make up the number. With `rollout.partial`, what has
     begun and this step does not need waits for the next one: finished groups, which are graded when
     their turn comes, and unfinished ones, which then go on under newer parameters.
+
+    Where verdicts take other processes' time, responses are judged as they end, while others are
+    still sampled; this changes how long a step takes, and nothing else.
 
     What one step leaves to the next is `next_prompt`, the first position of the stream that has not
     begun, and `carried`, the responses to the prompts right before it.
@@ -84,6 +96,10 @@ class RolloutStream:
         self.next_prompt, self.carried = next_prompt, carried
         # A copy: the state that it is part of is given away to every update.
         self._key, self._rewards = jnp.copy(key), rewards
+        self._dropped: dict[int, Drop] = {}  # positions of this step without a prompt
+        self._early = None
+        if EarlyVerdicts.serves(setup.task):
+            self._early = EarlyVerdicts(setup.task, functools.partial(response_text, setup))
 
     def next(self, params: Any, step: int) -> Collected:
         """The batch of an RL step (counted from 0), sampled by `params`. Where that fails, the
@@ -93,6 +109,9 @@ class RolloutStream:
             return self._next(params, step)
         except BaseException:
             self.next_prompt, self.carried = before
+            self._dropped = {}
+            if self._early is not None:
+                self._early.keep(())
             raise
 
     def _next(self, params: Any, step: int) -> Collected:
@@ -104,7 +123,7 @@ class RolloutStream:
         chosen = choose(np.asarray(found.good), rl.prompts_per_step)
         batch = take_groups(groups, chosen, samples)
         unused = self._keep()
-        metrics = batch.metrics | _utilization(found.rounds)
+        metrics = batch.metrics | _utilization(found.rounds) | self._data_metrics()
         if options.dynamic_sampling != "none":
             everything = groups.metrics
             metrics |= {
@@ -122,6 +141,11 @@ class RolloutStream:
                 "rollout/stale_frac": float(stale / batch.rollout.loss_mask.sum()),
                 "rollout/carried": float(_count(self.carried) * samples),
             }
+        if self._early is not None:
+            self._early.keep(
+                [] if self.carried is None else self.carried.prompts.positions.tolist()
+            )
+            metrics["overlap/verdicts_early"] = found.early / len(groups.rewards)
         metrics["time/reward"] = found.grading
         metrics["time/rollout"] = time.perf_counter() - started - found.grading
         return Collected(batch.positions, batch.rollout, batch.rewards, metrics)
@@ -140,10 +164,16 @@ class RolloutStream:
             found.rounds.append(self._sample(params, missing, share, step, len(found.rounds)))
             clock = time.perf_counter()
             while count := min(wanted - sum(found.good), self._ready()):
-                groups = self._grade(self._pop(count))
+                groups = self._grade(self._pop(count), found)
                 found.parts.append(groups)
                 found.good += self._good(groups).tolist()
             found.grading += time.perf_counter() - clock
+        if missing and not options.fill_up:
+            raise UserError(
+                f"rollout.max_rounds: in {rounds} rounds only {wanted - missing} of {wanted} "
+                f"groups were found whose {options.dynamic_sampling} varies; raise it, or set "
+                "rollout.fill_up=true"
+            )
         return found
 
     def _sample(
@@ -159,20 +189,40 @@ class RolloutStream:
             needed = None
             count = math.ceil(min(missing * max(options.oversampling, 1 / max(share, 1e-9)), room))
         if (more := count - _count(self.carried)) > 0:
-            problems = self._problems(self.next_prompt, more)
+            drawn = draw_training(self.setup, self.next_prompt, more)
             fresh = begin(
                 self.engine.options,
-                encode_problems(self.setup, problems, self.next_prompt),
+                drawn.prompts,
                 self._key,
                 samples=rl.samples_per_prompt,
                 step=step,
                 round_=round_,
             )
             self.carried = fresh if self.carried is None else join(self.carried, fresh)
-            self.next_prompt += more
+            self.next_prompt = drawn.next_position
+            self._dropped |= drawn.dropped
         assert self.carried is not None
-        self.carried, stats = self.engine.sample(params, self.carried, needed=needed, room=room)
+        with self._listener(self.carried) as finished:
+            self.carried, stats = self.engine.sample(
+                params, self.carried, needed=needed, room=room, finished=finished
+            )
         return stats
+
+    @contextmanager
+    def _listener(self, responses: Responses) -> Iterator[Finished | None]:
+        """Has those that end judged, as long as it is open."""
+        if (early := self._early) is None:
+            yield None
+            return
+        positions = responses.prompts.positions
+        problems = problems_at(self.setup.task, self.setup.config.seed, positions)
+
+        def finished(row: int, tokens: np.ndarray) -> None:
+            group = responses.group_ids[row]
+            early.offer(int(positions[group]), problems[group].answer, tokens)
+
+        with early:
+            yield finished
 
     def _ready(self) -> int:
         """How many groups are finished before the first that is not."""
@@ -197,21 +247,48 @@ class RolloutStream:
             return count
         begun = self.carried.group_ids[self.carried.lengths > 0]
         kept = int(begun[-1]) + 1 if len(begun) else 0
+        if kept < count:  # the turn of the others comes again
+            self.next_prompt = int(self.carried.prompts.positions[kept])
         self.carried = take(self.carried, np.arange(kept)) if kept else None
-        self.next_prompt -= count - kept  # their turn comes again
         return 0
 
-    def _problems(self, start: int, count: int) -> list[Problem]:
-        return training_problems(self.setup.task, self.setup.config.seed, start, count)
+    def _data_metrics(self) -> dict[str, float]:
+        """How far the run is in its data, and what it left out on the way; both only of tasks that
+        read files, and what was left out of any task that has such."""
+        left_out = [why for at, why in self._dropped.items() if at < self.next_prompt]
+        self._dropped = {}
+        files = files_of(self.setup.task)
+        found = {
+            "data/dropped_rows": float(left_out.count("row")),
+            "data/dropped_prompts": float(left_out.count("overlong")),
+        }
+        if len(files) == 1 and self.setup.task.name in files:
+            found["data/epoch"] = self.next_prompt / files[self.setup.task.name].rows()
+        return found if files or left_out else {}
 
-    def _grade(self, responses: Responses) -> Groups:
+    def _grade(self, responses: Responses, found: _Gathered) -> Groups:
         rollout, positions = assemble(responses), responses.prompts.positions
-        problems = self._problems(int(positions[0]), len(positions))
+        problems = problems_at(self.setup.task, self.setup.config.seed, positions)
         asked = [problems[group] for group in rollout.group_ids]
         texts = response_texts(self.setup, rollout)
-        grades = grade(self.setup.task, asked, texts, self._rewards)
-        each = positions[rollout.group_ids]
-        return Groups(each, rollout, grades.rewards, grades.correct, grades.parts, grades.missing)
+        each, early = positions[rollout.group_ids], []
+        if self._early is not None:
+            early = [self._early.find(*of) for of in zip(each.tolist(), texts, strict=True)]
+            found.early += sum(verdict is not None and verdict.done() for verdict in early)
+        grades = grade(self.setup.task, asked, texts, self._rewards, early)
+        shaped, parts = self._shape(grades, rollout)
+        return Groups(each, rollout, shaped, grades.correct, parts, grades.missing)
+
+    def _shape(self, grades: Grades, rollout: Rollout) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Rewards as they are trained on, and their parts by name. A missing one stays missing."""
+        options, limit = self.setup.config.task, self.setup.config.rollout.max_response_length
+        if options.overlong_buffer is None:
+            return grades.rewards, grades.parts
+        lengths = rollout.lengths - rollout.prompt_lengths
+        buffer, factor = options.overlong_buffer, options.overlong_factor
+        punished = soft_overlong_punishment(lengths, limit, buffer, factor)
+        shaped = (grades.rewards + punished).astype(np.float32)
+        return shaped, grades.parts | {OVERLONG: punished}
 
     def _good(self, groups: Groups) -> np.ndarray:
         """Which groups may be trained: all, or by `rollout.dynamic_sampling`."""
@@ -252,15 +329,15 @@ def load_collected(arrays: dict[str, Any]) -> Collected:
 
 
 def response_texts(setup: Setup, rollout: Rollout) -> list[str]:
-    """The text of every response: its trained tokens, without the end-of-sequence id."""
-    eos = set(setup.tokenizer.eos_ids)
-    texts = []
-    for row, prompt, length in zip(
-        rollout.tokens, rollout.prompt_lengths, rollout.lengths, strict=True
-    ):
-        ids = row[prompt:length].tolist()
-        texts.append(setup.tokenizer.decode(ids[:-1] if ids and ids[-1] in eos else ids))
-    return texts
+    """The text of every response."""
+    rows = zip(rollout.tokens, rollout.prompt_lengths, rollout.lengths, strict=True)
+    return [response_text(setup, row[prompt:length]) for row, prompt, length in rows]
+
+
+def response_text(setup: Setup, tokens: Int[np.ndarray, " t"]) -> str:
+    """The text of a response's tokens, without the end-of-sequence id."""
+    ids = tokens.tolist()
+    return setup.tokenizer.decode(ids[:-1] if ids and ids[-1] in setup.tokenizer.eos_ids else ids)
 
 
 def _count(responses: Responses | None) -> int:

@@ -35,6 +35,12 @@ def formula(config: Config) -> str:
         f"ℓ_it = {_token_loss(config)}",
         f"A_i  = {ADVANTAGES[o.advantage]}",
     ]
+    if config.task.overlong_buffer is not None:
+        limit, buffer = config.rollout.max_response_length, config.task.overlong_buffer
+        punished = (
+            f"min(-(length_i - {limit - buffer}) / {buffer} · {config.task.overlong_factor:g}, 0)"
+        )
+        lines.append(f"r_i  = reward + {punished}")
     if corrected:
         lines.append(
             f"ρ_it = {CORRECTIONS[o.importance_correction]}, ρ = π_old / π_sampler, "
@@ -160,7 +166,11 @@ def _auxiliary_terms(config: Config) -> str:
 def _filtering(config: Config) -> str:
     """What becomes of responses that are not trained."""
     o = config.objective
-    who = "and a truncated response" if o.overlong_filter else ""
+    who = {
+        "none": "",
+        "truncated": "and a truncated response",
+        "at_limit": f"and a response of {config.rollout.max_response_length} tokens, ended or not,",
+    }[o.overlong_filter]
     where = "stays in the denominators" if o.count_masked else "leaves the denominators too"
     return f"{who} has the weight 0 and {where}".strip()
 
@@ -174,6 +184,8 @@ def batch_arithmetic(config: Config) -> dict[str, int]:
     return {
         "prompts_per_step": rl.prompts_per_step,
         "responses_per_step": responses,
+        "max_prompts_begun_per_step": _most_prompts(config),
+        "minibatches_per_step": rl.updates_per_rollout,
         "responses_per_minibatch": responses // rl.updates_per_rollout,
         "updates_per_step": updates,
         "max_response_tokens_per_step": tokens,
@@ -186,9 +198,17 @@ def batch_arithmetic(config: Config) -> dict[str, int]:
     }
 
 
+def _most_prompts(config: Config) -> int:
+    """How many prompts a step begins at most: dynamic sampling begins some in each round."""
+    rollout = config.rollout
+    rounds = 1 if rollout.dynamic_sampling == "none" else rollout.max_rounds
+    return rounds * math.ceil(config.rl.prompts_per_step * rollout.oversampling)
+
+
 def describe_task(task: Task) -> str:
-    """What a task found in its files; empty where it has none."""
-    return getattr(task, "summary", "")
+    """What a task, or each part of a mixture, found in its files; empty where it has none."""
+    parts = getattr(task, "parts", {task.name: task}).values()
+    return "\n".join(part.summary for part in parts if getattr(part, "summary", ""))
 
 
 def describe_model(config: Config, arch: Architecture) -> str:
@@ -217,9 +237,10 @@ def describe_sampling(config: Config) -> str:
     rollout, rl = config.rollout, config.rl
     parts = []
     if rollout.dynamic_sampling != "none":
+        after = "filled up" if rollout.fill_up else "the run stops"
         parts.append(
             f"{rl.prompts_per_step} groups whose {rollout.dynamic_sampling} varies, in at most "
-            f"{rollout.max_rounds} rounds"
+            f"{rollout.max_rounds} rounds, then {after}"
         )
     if rollout.oversampling > 1:
         parts.append(f"{rollout.oversampling:g} prompts begun for each group needed")

@@ -78,14 +78,14 @@ def weigh(config: Config, rollout: Rollout, rewards: np.ndarray) -> Weighted:
     """Advantages and weights of a rollout batch, by the lengths that its loss mask leaves.
 
     A missing reward (NaN) is left out of its group's statistics. A response that the overlong
-    filter takes is part of them. Both get weight 0, and leave the denominators unless
-    `objective.count_masked` keeps them there. The auxiliary weights are 0 where no term uses them.
-    Raises UserError where the rewards do not suit the advantage.
+    filter takes (see `not_overlong`) is part of them. Both get weight 0, and leave the denominators
+    unless `objective.count_masked` keeps them there. The auxiliary weights are 0 where no term uses
+    them. Raises UserError where the rewards do not suit the advantage.
     """
     objective = config.objective
     if objective.advantage == "max_rl" and np.any(rewards < 0):
         raise UserError("objective.advantage: max_rl takes no negative rewards; choose another")
-    kept = ~np.asarray(rollout.truncated) if objective.overlong_filter else None
+    kept = not_overlong(config, rollout)
     minibatches = minibatch_ids(config, rollout)
     advantages, weights, auxiliary, meters = _weigh(
         rewards,
@@ -109,6 +109,20 @@ def weigh(config: Config, rollout: Rollout, rewards: np.ndarray) -> Weighted:
     return Weighted(
         np.asarray(advantages), np.asarray(weights), np.asarray(auxiliary), factor, metrics
     )
+
+
+def not_overlong(config: Config, rollout: Rollout) -> np.ndarray | None:
+    """Bool[B], which responses the overlong filter leaves; None where there is no filter.
+
+    `truncated` are those without an EOS. `at_limit` are also those whose EOS is the last token that
+    the limit allows: the reference implementation of arXiv 2509.07558 asks for that place alone.
+    """
+    kind = config.objective.overlong_filter
+    if kind == "none":
+        return None
+    if kind == "truncated":
+        return ~np.asarray(rollout.truncated)
+    return rollout.lengths - rollout.prompt_lengths < config.rollout.max_response_length
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "normalizer"))

@@ -18,6 +18,7 @@ from deltal_jax.errors import UserError
 from deltal_jax.metrics import MetricsWriter
 from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.base import RolloutEngine
+from deltal_jax.tasks.base import Task, files_of
 from deltal_jax.tasks.files import load_rewards, pin_files
 from deltal_jax.tasks.grading import Reward, as_rewards
 from deltal_jax.training import run_folder
@@ -25,7 +26,7 @@ from deltal_jax.training.ahead import Ahead
 from deltal_jax.training.checkpoint import Checkpoints, Position
 from deltal_jax.training.collect import RolloutStream
 from deltal_jax.training.describe import describe_model, describe_sampling, describe_task, formula
-from deltal_jax.training.evaluate import evaluate, write_samples
+from deltal_jax.training.evaluate import evaluate, samples_name, write_samples
 from deltal_jax.training.setup import (
     Setup,
     check_setup,
@@ -78,17 +79,16 @@ class Run:
         seconds = {"time/evaluate": time.perf_counter() - clock}
         self.writer.write(step, "eval", result.metrics | seconds)
         config = self.setup.config.evaluate
-        write_samples(self.folder / run_folder.SAMPLES, step, result, config.rows)
-        prefix = f"eval/{self.setup.task.name}"
-        accuracy, truncated, distinct, length = (
-            result.metrics[f"{prefix}/{name}"]
-            for name in ("avg_at_k", "truncated_frac", "distinct", "length")
-        )
+        write_samples(self.folder / run_folder.SAMPLES, samples_name(step), result, config.rows)
+        prefix = f"eval/{self.setup.task.name}/"
+        found = {k.removeprefix(prefix): v for k, v in result.metrics.items()}
+        missing = found["missing_frac"]
         self.display.say(
-            f"step {step}: accuracy {accuracy:.3f} on {config.problems} held-out problems "
-            f"({distinct:.0f} distinct), length {length:.1f}, truncated {truncated:.3f}"
+            f"step {step}: accuracy {found['avg_at_k']:.3f} on {found['problems']:.0f} held-out "
+            f"problems ({found['distinct']:.0f} distinct), length {found['length']:.1f}, truncated "
+            f"{found['truncated_frac']:.3f}" + (f", no verdict {missing:.3f}" if missing else "")
         )
-        return accuracy
+        return found["avg_at_k"]
 
     def announce(self, newest: int | None, position: Position) -> None:
         """Say and keep what this run does, and where it goes on."""
@@ -97,6 +97,7 @@ class Run:
         facts = {
             "formula": said,
             "rewards": _reward_names(self.rewards),
+            "data": data_fingerprint(self.setup.task),
             "environment": {
                 "jax": jax.__version__,
                 "backend": f"{jax.default_backend()} × {jax.device_count()}",
@@ -104,7 +105,7 @@ class Run:
                 "machine": platform.machine(),
             },
         }
-        run_folder.write_text(self.folder / run_folder.SUMMARY, json.dumps(facts, indent=1) + "\n")
+        self._summarise(facts)
         self.display.say(f"run folder: {self.folder}")
         self.display.say(describe_model(config, self.setup.architecture))
         if found := describe_task(self.setup.task):
@@ -118,6 +119,14 @@ class Run:
                 self.display.say(
                     f"rl.steps: all {position.step} steps are done; resume with more to go on"
                 )
+
+    def conclude(self, order: dict[str, float | None]) -> None:
+        """Keep the monotonicity of each evaluation set beside what `announce` kept."""
+        facts = json.loads((self.folder / run_folder.SUMMARY).read_text(encoding="utf-8"))
+        self._summarise(facts | {"monotonicity": order})
+
+    def _summarise(self, facts: dict[str, Any]) -> None:
+        run_folder.write_text(self.folder / run_folder.SUMMARY, json.dumps(facts, indent=1) + "\n")
 
     def stopped(self, phase: str, step: int, what: object) -> TrainingError:
         """The error that ends the run in a step of a phase."""
@@ -219,6 +228,7 @@ def reopen_run(
     saved = run_folder.model_files(folder)
     setup = make_setup(config, saved)
     check_setup(setup, weights=setup.architecture.lora is not None)
+    _check_data(folder, setup.task)
     if name is not None and (drift := run_folder.drifted_fields(name, config)):
         display.say(f"note: the run's own config holds, {name} differs in {', '.join(drift)}")
     run_folder.write_text(folder / run_folder.CONFIG, dump_config(config))
@@ -245,6 +255,35 @@ def check_profile(profile: tuple[int, int] | None, config: Config) -> None:
     """Raises UserError for steps that the run does not have."""
     if profile is not None and profile[0] > config.rl.steps:
         raise UserError(f"--profile: starts at {profile[0]}, but rl.steps is {config.rl.steps}")
+
+
+def data_fingerprint(task: Task) -> dict[str, str]:
+    """What the stream of problems depends on beside the config; empty where it reads no file."""
+    return {
+        f"{name}: {what}": value
+        for name, part in files_of(task).items()
+        for what, value in part.fingerprint().items()
+    }
+
+
+def _check_data(folder: Path, task: Task) -> None:
+    """A resumed run goes on with the data it was started with.
+
+    Raises UserError where they are others by now.
+    """
+    path = folder / run_folder.SUMMARY
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8")).get("data")
+    if before is None:
+        return
+    now = data_fingerprint(task)
+    changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    if changed:
+        raise UserError(
+            f"data: {', '.join(changed)} is not what the run was started with; bring that back, or "
+            "start a new run"
+        )
 
 
 def _reward_names(rewards: Sequence[Reward | str]) -> list[str]:

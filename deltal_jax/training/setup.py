@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from deltal_jax.config import Config
-from deltal_jax.data.prompts import encode_prompts, train_tokenizer
+from deltal_jax.data.prompts import Drawn, draw_prompts, encode_prompts, train_tokenizer
 from deltal_jax.data.tokenizer import Tokenizer, read_tokenizer
 from deltal_jax.errors import UserError
 from deltal_jax.model import huggingface
@@ -114,36 +114,57 @@ def check_setup(setup: Setup, *, weights: bool = True) -> None:
     response, an option that the surrogate does not take, rewards that cannot be loaded, weights
     that do not fit."""
     config = setup.config
-    make_loss(config)
-    load_rewards(config.task.rewards)
+    check_config(config, setup.checkpoint_config)
     make_sampling_mesh(config)
     if config.model.path is not None and weights:
         base = dataclasses.replace(setup.architecture, lora=None)
         huggingface.check_tensors(find_base(setup), base)
-    rollout, context = config.rollout, (setup.checkpoint_config or {}).get(huggingface.CONTEXT)
-    longest = rollout.max_prompt_length + rollout.max_response_length
+    rollout = config.rollout
+    if rollout.engine == "jax":  # before a warm-up, not after it
+        parts = sampling_parts(config, setup.architecture)
+        devices = None if rollout.devices is None else jax.devices()[-rollout.devices :]
+        check_memory(rollout.slots, parts, free_memory(devices))
+    encode_problems(setup, setup.task.held_out(config.evaluate.problems))
+    draw_training(setup, 0, 1)
+
+
+def check_config(config: Config, checkpoint_config: dict[str, Any] | None) -> None:
+    """The part of `check_setup` that needs no problem, no weights and no device."""
+    make_loss(config)
+    load_rewards(config.task.rewards)
+    check_context(config, checkpoint_config)
+
+
+def check_context(config: Config, checkpoint_config: dict[str, Any] | None) -> None:
+    """Raises UserError for prompts with responses that are longer than the model was made for."""
+    context = (checkpoint_config or {}).get(huggingface.CONTEXT)
+    longest = config.rollout.max_prompt_length + config.rollout.max_response_length
     if context is not None and longest > context:
         raise UserError(
             f"rollout.max_response_length: with the prompt up to {longest} tokens, and the model "
             f"was made for {context} ({huggingface.CONTEXT})"
         )
-    if rollout.engine == "jax":  # before a warm-up, not after it
-        parts = sampling_parts(config, setup.architecture)
-        devices = None if rollout.devices is None else jax.devices()[-rollout.devices :]
-        check_memory(rollout.slots, parts, free_memory(devices))
-    problems = [*setup.task.held_out(config.evaluate.problems), setup.task.problem(config.seed, 0)]
-    encode_problems(setup, problems)
 
 
-def encode_problems(setup: Setup, problems: Sequence[Problem], start: int = 0) -> Prompts:
-    """Prompts as the config wants them; `start` is the position of the first in the stream."""
+def encode_problems(setup: Setup, problems: Sequence[Problem]) -> Prompts:
+    """Prompts as the config wants them, at positions from 0 on."""
     config = setup.config
-    return encode_prompts(
-        problems,
+    width, chat = config.rollout.max_prompt_length, config.data.chat_template
+    return encode_prompts(problems, setup.tokenizer, width, chat=chat)
+
+
+def draw_training(setup: Setup, start: int, count: int) -> Drawn:
+    """The next `count` prompts of the training stream, from a position on."""
+    config = setup.config
+    return draw_prompts(
+        setup.task,
         setup.tokenizer,
-        config.rollout.max_prompt_length,
-        start,
+        seed=config.seed,
+        start=start,
+        count=count,
+        width=config.rollout.max_prompt_length,
         chat=config.data.chat_template,
+        overlong=config.data.overlong_prompts,
     )
 
 

@@ -19,6 +19,14 @@ def read_numeral(text: str, facts: dict) -> str:
     return match[1]
 
 
+def is_numeral(digits: str, facts: dict) -> bool:
+    """Whether these are the digits of the number in the base that is asked for."""
+    try:
+        return int(digits, facts["target_base"]) == facts["decimal_value"]
+    except ValueError:  # a digit that the base has not
+        return False
+
+
 def _numbers(entry: dict) -> dict:
     return {"numbers": sorted(entry["metadata"]["numbers"])}
 
@@ -30,7 +38,10 @@ KINDS: dict[str, Kind] = {
     "prime_factorization": Kind(read_factors, facts=given("number")),
     "fraction_simplification": Kind(fraction, facts=given("numerator", "denominator")),
     "base_conversion": Kind(
-        read_numeral, facts=given("decimal_value", "source_base", "target_base")
+        read_numeral,
+        is_numeral,
+        given("decimal_value", "source_base", "target_base"),
+        options={"min_value": 1},  # the generator writes 0 without a digit
     ),
     "dice": Kind(fraction, facts=given("puzzle")),
 }

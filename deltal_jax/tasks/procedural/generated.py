@@ -87,10 +87,13 @@ class Generated:
             value = kind.read(text, facts)
         except Wrong as error:
             return Verdict(0.0, False, str(error))
-        if kind.holds is None:
-            right = value == kind.read(answer["example"], facts)
-        else:
+        if kind.holds is not None:
             right = kind.holds(value, facts)
+        else:
+            try:
+                right = value == kind.read(answer["example"], facts)
+            except Wrong:  # an odd problem is no reason to end a run
+                return Verdict(None, False, "the known answer is none", missing="unparsed")
         form = json.dumps(value, default=str)[:MAX_FORM]
         return Verdict(float(right), right, "correct" if right else "not a solution", form)
 

@@ -1,0 +1,54 @@
+"""What a run would be, before what it needs is there."""
+
+import dataclasses
+
+import jax
+
+from deltal_jax.config import Config
+from deltal_jax.model import huggingface
+from deltal_jax.model.architecture import Architecture
+from deltal_jax.model.hub import find_checkpoint, is_here
+from deltal_jax.model.published import PUBLISHED
+from deltal_jax.tasks.base import Task
+from deltal_jax.tasks.catalog import make_task
+from deltal_jax.tasks.files import missing_files
+from deltal_jax.training.setup import check_config, check_setup, make_architecture, make_setup
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The parts of a run that describe it."""
+
+    config: Config
+    architecture: Architecture
+    #: None where its files are not here.
+    task: Task | None
+    #: What is not here, and so was not checked; a line each.
+    notes: list[str]
+
+
+def make_plan(config: Config) -> Plan:
+    """Everything that a run checks before it begins, as far as what it needs is on this machine.
+
+    Nothing is fetched for a published model whose shape is known. Raises UserError for what a run
+    would refuse, and where a new model's tokenizer needs files that are not here.
+    """
+    model, devices, notes = config.model, config.rollout.devices, []
+    missing = missing_files(config.task)
+    if missing:
+        notes.append(f"note: not here, so not checked: {', '.join(missing)}")
+    away = model.path is not None and not is_here(model.path, model.revision)
+    published = PUBLISHED.get(model.path or "") if away else None
+    if published is not None:
+        notes.append(f"note: {model.path} is not here; its shape is known, a run fetches the rest")
+    if devices is not None and devices >= jax.device_count():
+        notes.append(f"note: there are not {devices} devices here, and one more that trains")
+    if model.path is None or not notes:
+        setup = make_setup(config)
+        check_setup(setup)
+        return Plan(config, setup.architecture, setup.task, [])
+    if published is None:
+        published = huggingface.read_config(find_checkpoint(model.path, model.revision))
+    check_config(config, published)
+    architecture = make_architecture(config, 0, published)
+    return Plan(config, architecture, None if missing else make_task(config.task), notes)
