@@ -81,7 +81,7 @@ def test_no_training_problem_or_demonstration_is_held_out():
 def test_every_solution_that_a_problem_is_made_from_is_right_by_both_grammars(operators):
     task = CountDownText(most_numbers=4, max_number=100, max_value=100, operators=operators)
     seen = collections.Counter()
-    for problem, (value, text, steps) in itertools.islice(task._problems(random.Random(1)), 150):
+    for problem, (value, text, steps) in itertools.islice(task.problems(random.Random(1)), 150):
         numbers, target = problem.answer["numbers"], problem.answer["target"]
         assert value == target
         seen.update(step.split()[1] for step in steps)
@@ -210,7 +210,7 @@ def written(path, rows):
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet"])
 def test_the_first_rows_are_trained_on_and_the_next_are_held_out(tmp_path, name, form):
     path = written(tmp_path / name, [form(row) for row in ROWS])
-    task = made(train=path, train_rows=30, eval_rows=6)
+    task = made(train=path, rows=[30, 6])
     assert [p.answer["target"] for p in task.held_out(100)] == [38, 39, 40, 41, 42, 43]
     assert task.held_out(2) == task.held_out(100)[:2]
     for epoch in (0, 1):
@@ -229,7 +229,7 @@ def test_the_first_rows_are_trained_on_and_the_next_are_held_out(tmp_path, name,
     assert task.summary == "task: 30 rows to train on, 6 problems held out"
     assert task.rows() == 30
     assert list(task.fingerprint()) == ["task.countdown.train", "order"]
-    assert task.fingerprint() == made(train=path, train_rows=30).fingerprint()
+    assert task.fingerprint() == made(train=path, rows=[30, 6]).fingerprint()
     assert task.verify(f"<answer> {target - 7} + 5 + 2 </answer>", problem.answer).correct
 
 
@@ -237,7 +237,7 @@ def test_a_file_of_its_own_may_be_held_out_and_is_never_trained_on(tmp_path):
     train = written(tmp_path / "train.jsonl", ROWS)
     shuffled = [{"target": row["target"], "nums": row["nums"][::-1]} for row in ROWS[:3]]
     held_out = written(tmp_path / "test.jsonl", [*shuffled, *ROWS[35:]])
-    task = made(train=train, eval=held_out, train_rows=30, eval_rows=4)
+    task = made(train=train, eval=held_out, rows=[30, 4])
     assert len(task.held_out(100)) == 4
     problems = [task.problem(0, at) for at in range(30)]
     assert problems.count(None) == 3
@@ -267,7 +267,7 @@ def test_rows_that_are_no_problem_are_dropped_and_said(tmp_path):
     path = tmp_path / "rows.jsonl"
     written(path, [*bad, *good])
     path.write_text("no\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
-    task = made(train=str(path), train_rows=14, eval_rows=3)
+    task = made(train=str(path), rows=[14, 3])
     assert isinstance(task, CountDownRows)
     found = task.given
     assert found.dropped.counts == {
@@ -306,6 +306,11 @@ def test_fields_that_contradict_each_other_are_refused():
         ({"numbers": 4, "most_numbers": 3}, "most_numbers: 3 is below task.countdown.numbers=4"),
         ({"grammar": "reference"}, "grammar: is of text; set task.countdown.form=text"),
         ({"train": "a.json"}, "train: is of text; set task.countdown.form=text"),
+        ({"rows": [5, 5]}, "rows: is of text; set task.countdown.form=text"),
+        (
+            {"form": "text", "rows": [5]},
+            "rows: give two numbers over 0, such as [32768, 1024], got (5,)",
+        ),
         (
             {"form": "text", "eval": "a.json"},
             "eval: set task.countdown.train too, or leave it out",

@@ -46,7 +46,8 @@ def _countdown(config: TaskConfig) -> Task:
     if options.train is None:
         return CountDownText(**size, grammar=options.grammar)
     held_out = None if options.eval is None else find_data(options.eval)
-    given = Given(find_data(options.train), options.train_rows, held_out, options.eval_rows)
+    train_rows, eval_rows = options.rows
+    given = Given(find_data(options.train), train_rows, eval_rows, held_out)
     return CountDownRows(**size, grammar=options.grammar, given=given)
 
 

@@ -45,7 +45,7 @@ class Given:
     is trained on. Raises UserError where a file can't be read, or where either part has no problem.
     """
 
-    def __init__(self, train: Path, train_rows: int, held_out: Path | None, held_out_rows: int):
+    def __init__(self, train: Path, train_rows: int, held_out_rows: int, held_out: Path | None):
         field = "task.countdown.train"
         self._train = kept = open_rows(train, field)
         self.count, start = min(train_rows, len(kept)), train_rows
@@ -56,7 +56,7 @@ class Given:
         self.dropped = Dropped()
         self.held_out = list(_examples(kept, start, held_out_rows, self.dropped))
         if not self.held_out:
-            where = f" after its first {start:,} rows; lower task.countdown.train_rows, or set "
+            where = f" after its first {start:,} rows; lower task.countdown.rows, or set "
             where = f"{where}task.countdown.eval" if start else ""
             raise UserError(f"{field}: {kept.path} has no problem to evaluate on{where}")
         self.known = frozenset(identity(x.numbers, x.target) for x in self.held_out)
