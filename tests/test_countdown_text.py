@@ -16,7 +16,7 @@ from deltal_jax.tasks.catalog import make_task
 from deltal_jax.tasks.countdown import CountDown
 from deltal_jax.tasks.countdown_problems import identity
 from deltal_jax.tasks.countdown_rules import TURN, find_on_last_line, judge_reference, judge_strict
-from deltal_jax.tasks.countdown_text import CountDownText
+from deltal_jax.tasks.countdown_text import CountDownRows, CountDownText
 from tests.fakes import config_refusal
 
 PAPER = {
@@ -82,7 +82,7 @@ def test_no_training_problem_or_demonstration_is_held_out():
 def test_every_solution_that_a_problem_is_made_from_is_right_by_both_grammars(operators):
     task = CountDownText(most_numbers=4, max_number=100, max_value=100, operators=operators)
     seen = collections.Counter()
-    for problem, (value, text, steps) in itertools.islice(task._problems(random.Random(1)), 150):
+    for problem, (value, text, steps) in itertools.islice(task.problems(random.Random(1)), 150):
         numbers, target = problem.answer["numbers"], problem.answer["target"]
         assert value == target
         seen.update(step.split()[1] for step in steps)
@@ -211,7 +211,7 @@ def written(path, rows):
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet"])
 def test_the_first_rows_are_trained_on_and_the_next_are_held_out(tmp_path, name, form):
     path = written(tmp_path / name, [form(row) for row in ROWS])
-    task = made(train=path, train_rows=30, eval_rows=6)
+    task = made(train=path, rows=[30, 6])
     assert [p.answer["target"] for p in task.held_out(100)] == [38, 39, 40, 41, 42, 43]
     assert task.held_out(2) == task.held_out(100)[:2]
     for epoch in (0, 1):
@@ -224,9 +224,13 @@ def test_the_first_rows_are_trained_on_and_the_next_are_held_out(tmp_path, name,
     assert problem.answer["numbers"] == [target - 7, 5, 2]
     if form is verl:
         assert problem.prompt == f"A prompt for {target}. Assistant: <think>"
+        assert problem.messages == (("user", problem.prompt),)
     else:
         assert problem == task.parse_problem(f"{target - 7} 5 2 -> {target}")
-    assert task.summary == "task: 30 problems to train on, 6 held out"
+    assert task.summary == "task: 30 rows to train on, 6 problems held out"
+    assert task.rows() == 30
+    assert list(task.fingerprint()) == ["task.countdown.train", "order"]
+    assert task.fingerprint() == made(train=path, rows=[30, 6]).fingerprint()
     assert task.verify(f"<answer> {target - 7} + 5 + 2 </answer>", problem.answer).correct
 
 
@@ -234,18 +238,21 @@ def test_a_file_of_its_own_may_be_held_out_and_is_never_trained_on(tmp_path):
     train = written(tmp_path / "train.jsonl", ROWS)
     shuffled = [{"target": row["target"], "nums": row["nums"][::-1]} for row in ROWS[:3]]
     held_out = written(tmp_path / "test.jsonl", [*shuffled, *ROWS[35:]])
-    task = made(train=train, eval=held_out, train_rows=30, eval_rows=4)
+    task = made(train=train, eval=held_out, rows=[30, 4])
     assert len(task.held_out(100)) == 4
-    trained = {task.problem(0, at).answer["target"] for at in range(27)}
-    assert trained == set(range(11, 38))
-    assert task.summary == ("task: 27 problems to train on, 4 held out; dropped: 3 also held out")
+    problems = [task.problem(0, at) for at in range(30)]
+    assert problems.count(None) == 3
+    assert {p.answer["target"] for p in problems if p} == set(range(11, 38))
+    assert task.summary == (
+        "task: 30 rows to train on, 4 problems held out; dropped: 3 also held out"
+    )
     shown = itertools.islice(task.demonstrations(0), 20)
     assert all(prompt.endswith("<think>") for prompt, _ in shown)
-    assert files_of(task)["countdown"].rows() == 27 and files_of(CountDownText()) == {}
+    assert files_of(task)["countdown"].rows() == 30 and files_of(CountDownText()) == {}
     before = task.fingerprint()
     written(tmp_path / "test.jsonl", [*shuffled, *ROWS[34:]])
-    after = made(train=train, eval=held_out, train_rows=30, eval_rows=4).fingerprint()
-    assert set(before) == {"task.countdown.train", "task.countdown.eval"}
+    after = made(train=train, eval=held_out, rows=[30, 4]).fingerprint()
+    assert set(before) == {"task.countdown.train", "task.countdown.eval", "order"}
     assert {name for name in before if before[name] != after[name]} == {"task.countdown.eval"}
 
 
@@ -267,8 +274,10 @@ def test_rows_that_are_no_problem_are_dropped_and_said(tmp_path):
     path = tmp_path / "rows.jsonl"
     written(path, [*bad, *good])
     path.write_text("no\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
-    task = made(train=str(path), train_rows=14, eval_rows=3)
-    assert task.given.dropped.counts == {
+    task = made(train=str(path), rows=[14, 3])
+    assert isinstance(task, CountDownRows)
+    found = task.given
+    assert found.dropped.counts == {
         "not JSON": 1,
         "not an object": 1,
         "not two numbers or more": 2,
@@ -277,14 +286,18 @@ def test_rows_that_are_no_problem_are_dropped_and_said(tmp_path):
         "no numbers and target": 1,
         "a conversation of several turns": 1,
     }
-    assert task.given.dropped.first["not JSON"] == "row 0: 'no'"
-    assert task.summary.startswith("task: 2 problems to train on, 3 held out; dropped: 5 a number")
-    assert {known(task.problem(0, at)) for at in range(2)} == {((1, 2), 3), ((1, 2, 5), 8)}
+    assert found.dropped.first["not JSON"] == "row 0: 'no'"
+    assert task.summary.startswith("task: 14 rows to train on, 3 problems held out; dropped: 5 a n")
+    problems = [task.problem(0, at) for at in range(14)]
+    assert {known(p) for p in problems if p} == {((1, 2), 3), ((1, 2, 5), 8)}
+    assert problems.count(None) == 12
 
 
 def test_a_file_that_does_not_do_is_refused_by_name(tmp_path):
     few = written(tmp_path / "few.jsonl", ROWS)
-    with pytest.raises(UserError, match=r"^task.countdown.train: .*few.jsonl has no problem after"):
+    with pytest.raises(
+        UserError, match=r"^task.countdown.train: .*few.jsonl has no problem to evaluate on after"
+    ):
         made(train=few)
     with pytest.raises(UserError, match=r"^task.countdown.train: .*none.jsonl can't be read"):
         made(train=str(tmp_path / "none.jsonl"))
@@ -300,6 +313,11 @@ def test_fields_that_contradict_each_other_are_refused():
         ({"numbers": 4, "most_numbers": 3}, "most_numbers: 3 is below task.countdown.numbers=4"),
         ({"grammar": "reference"}, "grammar: is of text; set task.countdown.form=text"),
         ({"train": "a.json"}, "train: is of text; set task.countdown.form=text"),
+        ({"rows": [5, 5]}, "rows: is of text; set task.countdown.form=text"),
+        (
+            {"form": "text", "rows": [5]},
+            "rows: give two numbers over 0, such as [32768, 1024], got (5,)",
+        ),
         (
             {"form": "text", "eval": "a.json"},
             "eval: set task.countdown.train too, or leave it out",

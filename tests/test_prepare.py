@@ -5,6 +5,7 @@ import json
 import pytest
 
 from deltal_jax.cli.main import main
+from deltal_jax.tasks import countdown_data
 from deltal_jax.tasks.math_data import read_examples
 from tests.test_math_data import AMC, GSM8K, ORZ, VERL, written
 
@@ -70,3 +71,26 @@ def test_bad_input_is_refused_in_one_line(tmp_path, capsys, source, target, mess
     assert said.err.startswith(f"deltal: {message}") and said.err.count("\n") == 1
     assert (tmp_path / "there.jsonl").read_text(encoding="utf-8") == "kept"
     assert len(list(tmp_path.iterdir())) == 4  # no part of a file stays
+
+
+def test_countdown_is_converted_and_read_as_the_source_is(tmp_path, capsys):
+    rows = [
+        {"target": 40, "nums": [7, 1, 5]},
+        {
+            "data_source": "countdown",
+            "prompt": [{"role": "user", "content": "Reach 13"}],
+            "reward_model": {"ground_truth": {"target": 13, "numbers": [7, 1, 5]}},
+        },
+        {"target": 40},
+    ]
+    source, target = written(tmp_path, rows), tmp_path / "ours.jsonl"
+    options = ("mine", "--task", "countdown", "--from", source, "--to", target)
+    code, said = prepared(capsys, *options)
+    assert (code, said.out.splitlines()[0]) == (0, f"{target}: 2 problems, 1 rows dropped")
+    assert said.out.split()[-4:] == ["row", "2:", "{'target':", "40}"]
+    found = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+    assert [row.pop("source") for row in found] == ["mine", "mine"]
+    assert found == [rows[0], {"target": 13, "nums": [7, 1, 5], "prompt": rows[1]["prompt"]}]
+    assert list(map(countdown_data.make_example, found)) == [
+        countdown_data.make_example(row) for row in rows[:2]
+    ]

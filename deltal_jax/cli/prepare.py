@@ -19,7 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FILE",
         help=".json, .jsonl or .parquet, in the format of ORZ-57k, MATH500, AIME24, AMC, Minerva, "
-        "GSM8K or verl",
+        "GSM8K or verl; or, with --task countdown, of Countdown-Tasks-3to4 or verl",
+    )
+    parser.add_argument(
+        "--task", choices=("math", "countdown"), default="math", help="what the problems are of"
     )
     parser.add_argument(
         "--to", dest="target", required=True, metavar="FILE", help="a new .jsonl file"
@@ -30,19 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Convert; the exit code."""
     from deltal_jax.data.rows import open_rows
-    from deltal_jax.tasks.math_data import Dropped, stream_examples
+    from deltal_jax.tasks import countdown_data, math_data
 
     target = Path(arguments.target)
     if target.suffix != ".jsonl":
         raise UserError(f"--to: {target} does not end in .jsonl")
     if target.exists():
         raise UserError(f"--to: {target} exists; name a new file")
-    rows, dropped, count = open_rows(Path(arguments.source), "--from"), Dropped(), 0
+    data = countdown_data if arguments.task == "countdown" else math_data
+    rows, dropped = open_rows(Path(arguments.source), "--from"), math_data.Dropped()
+    count = 0
     # Under another name until it is whole.
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with partial.open("x", encoding="utf-8") as file:
-            for example in stream_examples(rows, dropped, "--from"):
+            for example in data.stream_examples(rows, dropped, "--from"):
                 file.write(json.dumps(example.row() | {"source": arguments.name}) + "\n")
                 count += 1
         partial.rename(target)

@@ -109,11 +109,15 @@ def _check_countdown(task: CountDownConfig) -> None:
             f"task.countdown.most_numbers: {task.most_numbers} is below "
             f"task.countdown.numbers={task.numbers}"
         )
+    if len(task.rows) != 2 or min(task.rows) < 1:
+        raise UserError(
+            f"task.countdown.rows: give two numbers over 0, such as [32768, 1024], got {task.rows}"
+        )
     if task.form == "text":
         if task.eval is not None and task.train is None:
             raise UserError("task.countdown.eval: set task.countdown.train too, or leave it out")
         return
-    for name in ("grammar", "train", "eval"):
+    for name in ("grammar", "train", "eval", "rows"):
         if getattr(task, name) != getattr(CountDownConfig(), name):
             raise UserError(f"task.countdown.{name}: is of text; set task.countdown.form=text")
     if task.max_number > task.max_value:

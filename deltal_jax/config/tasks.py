@@ -25,11 +25,10 @@ class CountDownConfig:
     train: str | None = field(
         None, "file of problems in text form: .json, .jsonl or .parquet; null: they are generated"
     )
-    train_rows: int = field(32768, "rows of the file to train on: its first", low=1)
-    eval: str | None = field(
-        None, "file to evaluate on; null: the rows behind task.countdown.train_rows"
+    eval: str | None = field(None, "file to evaluate on; null: the rows behind those to train on")
+    rows: tuple[int, ...] = field(
+        (32768, 1024), "how many rows to train on, the file's first, and to evaluate on"
     )
-    eval_rows: int = field(1024, "rows to evaluate on", low=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,14 @@
 """Every task by its name in a config."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from deltal_jax.config import TaskConfig
 from deltal_jax.errors import UserError
 from deltal_jax.objective.names import unknown_name
 from deltal_jax.tasks.base import Task
 from deltal_jax.tasks.countdown import CountDown
-from deltal_jax.tasks.countdown_data import read_given
-from deltal_jax.tasks.countdown_text import CountDownText
+from deltal_jax.tasks.countdown_data import Given
+from deltal_jax.tasks.countdown_text import CountDownRows, CountDownText
 from deltal_jax.tasks.files import find_data, load_task
 from deltal_jax.tasks.math import Math
 from deltal_jax.tasks.mixture import Mixture
@@ -49,11 +48,12 @@ def _countdown(config: TaskConfig) -> Task:
     }
     if options.form == "trace":
         return CountDown(**size)
-    given = None
-    if options.train is not None:
-        held_out = None if options.eval is None else Path(options.eval)
-        given = read_given(Path(options.train), options.train_rows, held_out, options.eval_rows)
-    return CountDownText(**size, grammar=options.grammar, given=given)
+    if options.train is None:
+        return CountDownText(**size, grammar=options.grammar)
+    held_out = None if options.eval is None else find_data(options.eval)
+    train_rows, eval_rows = options.rows
+    given = Given(find_data(options.train), train_rows, eval_rows, held_out)
+    return CountDownRows(**size, grammar=options.grammar, given=given)
 
 
 def _math(config: TaskConfig) -> Task:

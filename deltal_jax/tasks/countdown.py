@@ -32,7 +32,7 @@ class CountDown(Generator):
 
     def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:
         rng = random.Random(f"countdown/demonstrations/{seed}")
-        for problem, solution in self._problems(rng):
+        for problem, solution in self.problems(rng):
             if not self.is_held_out(problem):
                 yield problem.prompt, self._trace(rng, problem, solution)
 

@@ -1,6 +1,7 @@
 """CountDown's problems, made from random expressions, and the searches that demonstrations show."""
 
 import dataclasses
+import functools
 import random
 import re
 import zlib
@@ -55,28 +56,27 @@ class Generator:
         """The problem with its prompt."""
         raise NotImplementedError
 
-    def problem(self, seed: int, position: int) -> Problem:
+    def problem(self, seed: int, position: int) -> Problem | None:
         rng = random.Random(f"countdown/train/{seed}/{position}")
-        return next(p for p, _ in self._problems(rng) if not self.is_held_out(p))
+        return next(p for p, _ in self.problems(rng) if not self.is_held_out(p))
 
     def held_out(self, count: int) -> list[Problem]:
-        stream = self._problems(random.Random("countdown/held-out"))
-        draws = (problem for problem, _ in islice(stream, MAX_DRAWS * count))
-        kept = list(islice(filter(self.is_held_out, draws), count))
+        kept = _held_out(self, count)
         if len(kept) < count:
             raise UserError(
                 f"task: too few of the problems with {self.numbers} numbers up to "
                 f"{self.max_number} are held out; raise task.countdown.max_number or "
                 "task.countdown.numbers"
             )
-        return kept
+        return list(kept)
 
     def is_held_out(self, problem: Problem) -> bool:
         """Whether the problem is kept from training: a property of its numbers and target alone."""
         numbers, target = identity(problem.answer["numbers"], problem.answer["target"])
         return zlib.crc32(repr(([*numbers], target)).encode()) % HELD_OUT_CLASSES == 0
 
-    def _problems(self, rng: random.Random) -> Iterator[tuple[Problem, Expression]]:
+    def problems(self, rng: random.Random) -> Iterator[tuple[Problem, Expression]]:
+        """Problems with their solutions, held out or not."""
         most = self.numbers if self.most_numbers is None else self.most_numbers
         while True:
             count = rng.randint(self.numbers, most) if most > self.numbers else self.numbers
@@ -118,6 +118,14 @@ class Generator:
             tries.append(solution if known else self._random_expression(rng, numbers))
             if tries[-1][0] == target or rng.random() < give_up:
                 return tries
+
+
+@functools.lru_cache(4)
+def _held_out(generator: Generator, count: int) -> tuple[Problem, ...]:
+    """At most `count`; every evaluation asks for the same."""
+    stream = generator.problems(random.Random("countdown/held-out"))
+    draws = (problem for problem, _ in islice(stream, MAX_DRAWS * count))
+    return tuple(islice(filter(generator.is_held_out, draws), count))
 
 
 def identity(numbers: Iterable[int], target: int) -> tuple[tuple[int, ...], int]:

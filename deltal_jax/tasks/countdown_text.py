@@ -10,7 +10,6 @@ that has begun to think. A demonstration goes on like this:
 """
 
 import dataclasses
-import functools
 import random
 from collections.abc import Iterator
 
@@ -32,66 +31,27 @@ PROMPT = (
 
 @dataclasses.dataclass(frozen=True)
 class CountDownText(Generator):
-    """The problems of files, or of the `Generator`: values on the way are whole and not negative,
-    without an upper bound.
+    """The `Generator`'s problems: values on the way are whole and in 0..10·`max_value`.
 
-    `grammar` is one of `countdown_rules.GRAMMARS`. Demonstrations are always the generator's.
+    `grammar` is one of `countdown_rules.GRAMMARS`.
     """
 
     #: A product and a quotient are tried twice as often: most of their values are dropped.
     operators: str = "+-**//"
     grammar: str = "strict"
-    given: Given | None = None
-
-    @property
-    def summary(self) -> str:
-        """How many problems the files have, and what of them was dropped."""
-        if self.given is None:
-            return ""
-        train, held_out = len(self.given.train), len(self.given.held_out)
-        dropped = self.given.dropped.counts.most_common()
-        said = f"task: {train:,} problems to train on, {held_out:,} held out"
-        reasons = [f"{count:,} {reason}" for reason, count in dropped]
-        return f"{said}; dropped: {', '.join(reasons)}" if reasons else said
 
     def allows(self, value: int) -> bool:
         return 0 <= value <= 10 * self.max_value
 
     def vocabulary(self) -> None:
-        return None
+        """Prompts and responses are free text."""
 
     def make_problem(self, numbers: list[int], target: int) -> Problem:
         return Problem(_prompt(numbers, target), {"numbers": numbers, "target": target})
 
-    def problem(self, seed: int, position: int) -> Problem:
-        """The generator's, or every problem of the file once an epoch, in an order of the seed and
-        the epoch."""
-        if self.given is None:
-            return super().problem(seed, position)
-        epoch, at = divmod(position, len(self.given.train))
-        return self._given(self.given.train[_order(len(self.given.train), seed, epoch)[at]])
-
-    def rows(self) -> int:
-        return 0 if self.given is None else len(self.given.train)
-
-    def fingerprint(self) -> dict[str, str]:
-        files = {} if self.given is None else self.given.files
-        return {field: rows.fingerprint for field, rows in files.items()}
-
-    def held_out(self, count: int) -> list[Problem]:
-        """The generator's, or the first `count` of the file's, or all where it has fewer."""
-        if self.given is None:
-            return super().held_out(count)
-        return [self._given(example) for example in self.given.held_out[:count]]
-
-    def is_held_out(self, problem: Problem) -> bool:
-        if self.given is None:
-            return super().is_held_out(problem)
-        return identity(problem.answer["numbers"], problem.answer["target"]) in self.given.known
-
     def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:
         rng = random.Random(f"countdown/demonstrations/{seed}")
-        for problem, solution in self._problems(rng):
+        for problem, solution in self.problems(rng):
             if not self.is_held_out(problem):
                 yield problem.prompt, self._response(rng, problem, solution)
 
@@ -107,10 +67,6 @@ class CountDownText(Generator):
             return Verdict(0.0, False, "no answer")
         return grammar.judge(found, answer["numbers"], answer["target"])
 
-    def _given(self, example: Example) -> Problem:
-        problem = self.make_problem(list(example.numbers), example.target)
-        return dataclasses.replace(problem, prompt=example.prompt) if example.prompt else problem
-
     def _response(self, rng: random.Random, problem: Problem, solution: Expression) -> str:
         if rng.random() < self.direct:
             said, tries = [], [self._random_expression(rng, problem.answer["numbers"])]
@@ -121,16 +77,44 @@ class CountDownText(Generator):
         return " " + "\n".join(said) + f" </think>\n<answer> {answer} </answer>"
 
 
+@dataclasses.dataclass(frozen=True)
+class CountDownRows(CountDownText):
+    """The problems of files. Demonstrations are the generator's, without what is held out."""
+
+    given: Given = dataclasses.field(kw_only=True)
+
+    @property
+    def summary(self) -> str:
+        return self.given.summary
+
+    def rows(self) -> int:
+        return self.given.count
+
+    def fingerprint(self) -> dict[str, str]:
+        return self.given.fingerprint()
+
+    def problem(self, seed: int, position: int) -> Problem | None:
+        example = self.given.at(seed, position)
+        return None if example is None else self._problem_of(example)
+
+    def held_out(self, count: int) -> list[Problem]:
+        """The first `count`, or all where there are fewer."""
+        return [self._problem_of(example) for example in self.given.held_out[:count]]
+
+    def is_held_out(self, problem: Problem) -> bool:
+        return identity(problem.answer["numbers"], problem.answer["target"]) in self.given.known
+
+    def _problem_of(self, example: Example) -> Problem:
+        problem = self.make_problem(list(example.numbers), example.target)
+        if not example.messages:
+            return problem
+        prompt = "\n\n".join(content for _, content in example.messages)
+        return dataclasses.replace(problem, prompt=prompt, messages=example.messages)
+
+
 def _prompt(numbers: list[int], target: int) -> str:
     return PROMPT.replace("{numbers}", str(numbers)).replace("{target}", str(target))
 
 
 def _sign(value: int, target: int) -> str:
     return "right" if value == target else "too low" if value < target else "too high"
-
-
-@functools.lru_cache(4)
-def _order(count: int, seed: int, epoch: int) -> list[int]:
-    order = list(range(count))
-    random.Random(f"countdown/order/{seed}/{epoch}").shuffle(order)
-    return order
