@@ -13,6 +13,7 @@ from pathlib import Path
 
 from deltal_jax.tasks.math_rules import WARM_UP, judge
 from deltal_jax.tasks.workers import Limits, Workers
+from tests.countdown_answers import agreement as countdown_agreement
 from tests.hostile import GOLD, hostile
 from tests.math_answers import VERIFIERS, agreement
 
@@ -103,10 +104,10 @@ def main() -> int:
     verifier = commands.add_parser("verifier", help="hostile responses, judged by both verifiers")
     verifier.add_argument("--count", type=int, default=10_000, help="hostile responses each")
     verifier.add_argument("--timeout", type=float, default=1.0, help="seconds of one call")
-    commands.add_parser("agreement", help="both verifiers against the table of answers")
+    commands.add_parser("agreement", help="verifiers and grammars against the tables of answers")
     arguments = parser.parse_args()
     if arguments.command == "agreement":
-        print(agreement())
+        print(agreement(), countdown_agreement(), sep="\n\n")
         return 0
     for name in VERIFIERS:
         limits = Limits(timeout=arguments.timeout, grace=0.5)

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltal_jax.errors import UserError
-from deltal_jax.tasks.countdown import (
+from deltal_jax.tasks.countdown import CountDown
+from deltal_jax.tasks.countdown_rules import (
     MAX_ANSWER_LENGTH,
     MAX_DEPTH,
-    CountDown,
     ParseError,
     parse,
 )

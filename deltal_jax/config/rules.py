@@ -10,7 +10,7 @@ from deltal_jax.config.schema import (
     RolloutConfig,
     ServerConfig,
 )
-from deltal_jax.config.tasks import SECTIONS, TaskConfig
+from deltal_jax.config.tasks import SECTIONS, CountDownConfig, TaskConfig
 from deltal_jax.errors import UserError
 
 #: Aggregations that take a scope; the others have one of their own, or none.
@@ -85,12 +85,8 @@ def _check_task(task: TaskConfig) -> None:
         for field in dataclasses.fields(section):
             if getattr(section, field.name) != field.default:
                 raise UserError(f"task.{name}.{field.name}: set task.name={name}, or leave it out")
-    countdown, paths = task.countdown, task.paths
-    if countdown.max_number > countdown.max_value:
-        raise UserError(
-            f"task.countdown.max_number: {countdown.max_number} is over "
-            f"task.countdown.max_value={countdown.max_value}"
-        )
+    _check_countdown(task.countdown)
+    paths = task.paths
     most = paths.nodes * (paths.nodes - 1)
     if paths.edges > most or paths.distance >= paths.nodes:
         raise UserError(
@@ -105,6 +101,26 @@ def _check_task(task: TaskConfig) -> None:
     for name, weight in (task.mixture or {}).items():
         if weight < 0:
             raise UserError(f"task.mixture.{name}: a weight is not below 0, got {weight:g}")
+
+
+def _check_countdown(task: CountDownConfig) -> None:
+    if task.most_numbers is not None and task.most_numbers < task.numbers:
+        raise UserError(
+            f"task.countdown.most_numbers: {task.most_numbers} is below "
+            f"task.countdown.numbers={task.numbers}"
+        )
+    if task.form == "text":
+        if task.eval is not None and task.train is None:
+            raise UserError("task.countdown.eval: set task.countdown.train too, or leave it out")
+        return
+    for name in ("grammar", "train", "eval"):
+        if getattr(task, name) != getattr(CountDownConfig(), name):
+            raise UserError(f"task.countdown.{name}: is of text; set task.countdown.form=text")
+    if task.max_number > task.max_value:
+        raise UserError(
+            f"task.countdown.max_number: {task.max_number} is over "
+            f"task.countdown.max_value={task.max_value}"
+        )
 
 
 def _check_rollout(config: Config) -> None:

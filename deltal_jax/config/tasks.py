@@ -8,9 +8,28 @@ from deltal_jax.config.declare import field
 
 @dataclasses.dataclass(frozen=True)
 class CountDownConfig:
+    form: Literal["trace", "text"] = field(
+        "trace", "trace: short, in a small vocabulary; text: the paper's, with <think> and <answer>"
+    )
     numbers: int = field(3, "how many numbers a problem gives", low=2, high=6)
+    most_numbers: int | None = field(
+        None, "where that varies, how many at most; null: always task.countdown.numbers", high=6
+    )
     max_number: int = field(9, "largest given number", low=2, high=100)
-    max_value: int = field(60, "largest target and intermediate value", low=4, high=1000)
+    max_value: int = field(
+        60, "largest target, and in traces largest intermediate value", low=4, high=1000
+    )
+    grammar: Literal["strict", "reference"] = field(
+        "strict", "who judges text: exact arithmetic, or the rules of the paper's code"
+    )
+    train: str | None = field(
+        None, "file of problems in text form: .json, .jsonl or .parquet; null: they are generated"
+    )
+    train_rows: int = field(32768, "rows of the file to train on: its first", low=1)
+    eval: str | None = field(
+        None, "file to evaluate on; null: the rows behind task.countdown.train_rows"
+    )
+    eval_rows: int = field(1024, "rows to evaluate on", low=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,8 @@ from deltal_jax.errors import UserError
 from deltal_jax.objective.names import unknown_name
 from deltal_jax.tasks.base import Task
 from deltal_jax.tasks.countdown import CountDown
+from deltal_jax.tasks.countdown_data import read_given
+from deltal_jax.tasks.countdown_text import CountDownText
 from deltal_jax.tasks.files import find_data, load_object
 from deltal_jax.tasks.math import Math
 from deltal_jax.tasks.mixture import Mixture
@@ -33,7 +35,21 @@ def _named(name: str, config: TaskConfig) -> Task:
 
 def _countdown(config: TaskConfig) -> Task:
     options = config.countdown
-    return CountDown(options.numbers, options.max_number, options.max_value)
+    size = {
+        "numbers": options.numbers,
+        "most_numbers": options.most_numbers,
+        "max_number": options.max_number,
+        "max_value": options.max_value,
+    }
+    if options.form == "trace":
+        return CountDown(**size)
+    given = None
+    if options.train is not None:
+        held_out = None if options.eval is None else find_data(options.eval)
+        given = read_given(
+            find_data(options.train), options.train_rows, held_out, options.eval_rows
+        )
+    return CountDownText(**size, grammar=options.grammar, given=given)
 
 
 def _math(config: TaskConfig) -> Task:
