@@ -235,3 +235,13 @@ def test_a_dump_has_every_field_of_every_base(tmp_path):
     config = paper("math-dapo-soft-punishment-reference-tiny")
     (tmp_path / "one.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config(tmp_path / "one.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "name", ["countdown-delta-l", "countdown-dapo-soft-punishment-reference", "math-dapo-delta-l"]
+)
+def test_a_tiny_profile_finds_all_that_it_needs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan(paper(f"{name}-tiny"))
+    assert plan.notes == [] and plan.task is not None
+    assert plan.task.name == name.partition("-")[0]
