@@ -36,7 +36,7 @@ class MetricsWriter:
 
     def write(self, step: int, phase: str, metrics: dict[str, float]) -> None:
         """Append one line and flush it."""
-        values = {name: _finite(value) for name, value in metrics.items()}
+        values = {name: finite(value) for name, value in metrics.items()}
         line = json.dumps({"step": step, "phase": phase, **values})
         self._file.write(line.encode() + b"\n")
         self._file.flush()
@@ -53,7 +53,8 @@ class MetricsWriter:
             self._tensorboard.close()
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """The value as JSON has it: null for what is not finite."""
     value = float(value)
     return value if math.isfinite(value) else None
 

@@ -1,6 +1,8 @@
 """Rollout batches: prompts, grades and metrics that agree with them; groups in prompt order."""
 
+import dataclasses
 import heapq
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,11 @@ import pytest
 from deltal_jax.config import load_config
 from deltal_jax.errors import UserError
 from deltal_jax.objective.logprobs import token_logprobs
+from deltal_jax.rollout import engine as engine_module
 from deltal_jax.rollout.results import assemble, begin
+from deltal_jax.tasks.base import Verdict
 from deltal_jax.tasks.grading import Reward
+from deltal_jax.tasks.workers import Workers, WorkerStartError
 from deltal_jax.training.collect import RolloutStream, response_texts
 from deltal_jax.training.setup import (
     draw_training,
@@ -20,7 +25,7 @@ from deltal_jax.training.setup import (
     make_engine,
     make_setup,
 )
-from tests.fakes import chain_setup, forward
+from tests.fakes import Chains, chain_setup, forward
 
 OPTIONS = {
     "model.layers": 1,
@@ -267,6 +272,95 @@ def test_without_options_a_batch_is_one_call_of_the_sampler(collected):
         for name in batches[1].metrics
         if name.startswith("rollout/") and ("utilization" not in name)
     ]
+
+
+class Judged(Chains):
+    """The same verdicts, by worker processes."""
+
+    def __init__(self, workers):
+        super().__init__()
+        object.__setattr__(self, "workers", workers)
+
+    def submit(self, response, answer):
+        def verdict(outcome):
+            return Verdict(float(outcome.value), outcome.value, "", str(outcome.value))
+
+        return self.workers.submit(response, then=verdict)
+
+    def verify(self, response, answer):
+        return self.submit(response, answer).result()
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with Workers("tests.worker_calls:even_words", 2) as opened:
+        opened.submit("").result()
+        yield opened
+
+
+def judged_stream(overrides, workers):
+    stream, params = chain_stream(overrides)
+    setup = dataclasses.replace(stream.setup, task=Judged(workers))
+    return RolloutStream(setup, stream.engine, KEY), params
+
+
+def judging_threads():
+    return sum(thread.name == "verdicts" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, PARTIAL, PARTIAL | {"rollout.dynamic_sampling": "reward"}],
+    ids=["plain", "partial", "dynamic and partial"],
+)
+def test_when_a_response_is_judged_changes_nothing(options, workers, monkeypatch):
+    """What is sampled, chosen, rewarded and reported is as without other processes."""
+    monkeypatch.setattr(engine_module, "CHUNK", 4)
+    (plain, params), (judged, _) = chain_stream(options), judged_stream(options, workers)
+    early = []
+    for step in range(4):
+        want, found = plain.next(params, step), judged.next(params, step)
+        early.append(found.metrics.pop("overlap/verdicts_early"))
+        for batch in (want, found):
+            del batch.metrics["time/reward"], batch.metrics["time/rollout"]
+        assert found.metrics == want.metrics
+        np.testing.assert_array_equal(found.positions, want.positions)
+        np.testing.assert_array_equal(found.rewards, want.rewards)
+        jax.tree.map(np.testing.assert_array_equal, found.rollout, want.rollout)
+        assert judged.next_prompt == plain.next_prompt and judging_threads() == 0
+        waiting = [] if judged.carried is None else judged.carried.prompts.positions.tolist()
+        assert {position for position, _ in judged._early._found} <= set(waiting)
+    assert max(early) > 0 and max(early) <= 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_sampling_that_breaks_off_leaves_no_judging_behind(error, workers, monkeypatch):
+    monkeypatch.setattr(engine_module, "CHUNK", 4)
+    stream, params = judged_stream({}, workers)
+    sample, calls = stream.engine.sample, workers.counts["done"]
+
+    def broken(*arguments, finished, **options):
+        sample(*arguments, finished=finished, **options)
+        raise error
+
+    monkeypatch.setattr(stream.engine, "sample", broken)
+    with pytest.raises(error):
+        stream.next(params, 0)
+    assert judging_threads() == 0 and stream.next_prompt == 0
+    assert not stream._early._found and workers._queue.empty()
+    monkeypatch.setattr(stream.engine, "sample", sample)
+    plain, _ = chain_stream({})
+    np.testing.assert_array_equal(stream.next(params, 0).rewards, plain.next(params, 0).rewards)
+    assert workers.counts["done"] > calls
+
+
+def test_an_error_of_the_judges_is_the_callers(monkeypatch):
+    monkeypatch.setattr(engine_module, "CHUNK", 4)
+    with Workers("math:no_such_function", 1) as none:
+        stream, params = judged_stream({}, none)
+        with pytest.raises(WorkerStartError, match="no worker for math:no_such_function: "):
+            stream.next(params, 0)
+    assert judging_threads() == 0 and stream.next_prompt == 0
 
 
 def test_a_carried_token_keeps_the_logprob_of_the_parameters_that_sampled_it():

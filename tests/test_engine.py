@@ -247,6 +247,38 @@ def test_the_cache_grows_with_the_longest_live_response_and_shrinks_after_it(mon
     assert any(after < before for before, after in itertools.pairwise(widths))
 
 
+@pytest.mark.parametrize(
+    ("slots", "samples", "needed"),
+    [(24, 1, None), (2, 1, None), (4, 3, 6)],
+    ids=["the tail gives up slots", "windows grow and shrink", "the first prompts are enough"],
+)
+def test_who_listens_hears_of_responses_as_they_end_and_changes_none(
+    slots, samples, needed, monkeypatch
+):
+    """Steps, windows, slots and so every bit are as without a listener; what goes on from before
+    is told with its first tokens."""
+    monkeypatch.setattr(module, "NARROWEST", 8)
+    monkeypatch.setattr(module, "CHUNK", 3)
+    graphdef, params = fakes.model(fakes.PLAIN)
+    options = SamplingOptions(slots=slots, max_response_length=58, eos_ids=(3, 5, 7, 9))
+    engine = Engine(graphdef, options)
+    responses = begin(options, fakes.prompts(24), KEY, samples=samples)
+    while not responses.finished.all():
+        told = []
+        want, steps = engine.sample(params, responses, needed=needed)
+        found, heard_steps = engine.sample(
+            params, responses, needed=needed, finished=lambda *of, told=told: told.append(of)
+        )
+        jax.tree.map(np.testing.assert_array_equal, found, want)
+        assert heard_steps == steps
+        ended = np.flatnonzero(found.finished & ~responses.finished)
+        rows = [row for row, _ in told]
+        assert len(set(rows)) == len(rows) > 0.6 * len(ended) and set(rows) <= set(ended)
+        for row, tokens in told:
+            np.testing.assert_array_equal(tokens, found.tokens[row, : found.lengths[row]])
+        responses, needed = found, None
+
+
 def test_long_tailed_responses_keep_the_slots_full_while_some_wait():
     """Of a load whose lengths vary by more than twenty times; a prompt's prefill is made once."""
     graphdef, params = fakes.model(fakes.PLAIN)

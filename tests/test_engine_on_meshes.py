@@ -83,6 +83,24 @@ def test_pools_and_windows_on_a_mesh_change_no_id(seed, monkeypatch):
     np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
 
 
+def test_who_listens_changes_nothing_on_a_mesh(monkeypatch):
+    """A device whose responses outgrow the cache waits for the others, as without a listener."""
+    monkeypatch.setattr(module, "NARROWEST", 8)
+    monkeypatch.setattr(module, "CHUNK", 3)
+    graphdef, params = fakes.model(fakes.PLAIN)
+    options = SamplingOptions(slots=4, max_response_length=58, eos_ids=(3, 5, 7, 9))
+    engine = Engine(graphdef, options, mesh=make_mesh(2, 1, 1, devices=jax.devices()[:2]))
+    none, told = begin(options, fakes.prompts(12), KEY, samples=1), {}
+    for needed in (None, 4):
+        want, steps = engine.sample(params, none, needed=needed)
+        found, same = engine.sample(params, none, needed=needed, finished=told.__setitem__)
+        jax.tree.map(np.testing.assert_array_equal, found, want)
+        assert same == steps and len(told) > 0.6 * found.finished.sum()
+        for row, tokens in told.items():
+            np.testing.assert_array_equal(tokens, found.tokens[row, : found.lengths[row]])
+        told.clear()
+
+
 def test_what_was_begun_goes_on_with_the_same_ids_on_a_mesh(monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 3)
     graphdef, params = fakes.model(fakes.PLAIN)

@@ -18,6 +18,7 @@ from deltal_jax.errors import UserError
 from deltal_jax.metrics import load_metrics
 from deltal_jax.model.huggingface import load_architecture, load_params
 from deltal_jax.rollout.dialects import DIALECTS
+from deltal_jax.rollout.results import begin
 from deltal_jax.training.setup import make_architecture, make_setup
 from tests import fakes, small_tokenizers
 from tests.completions_server import CompletionsServer, serving
@@ -72,6 +73,15 @@ def test_seeds_follow_the_counters_and_no_history(make, server):
     assert asked(step=4) == first
     for other in (asked(step=5), asked(step=4, round_=1)):
         assert not {seed for seed, _ in other} & {seed for seed, _ in first}
+
+
+def test_who_listens_hears_of_each_answer(make, server):
+    responses = begin(OPTIONS, fakes.prompts(3), KEY, samples=2)
+    told = {}
+    found, _ = make().sample(weights(0), responses, finished=told.__setitem__)
+    assert sorted(told) == list(range(6))
+    for row, tokens in told.items():
+        np.testing.assert_array_equal(tokens, found.tokens[row, : found.lengths[row]])
 
 
 def test_rows_do_not_depend_on_which_answer_comes_first(make, server):

@@ -1,15 +1,18 @@
 r"""The task Math: problems in a reproducible order, prompts by template, verdicts by workers."""
 
 import json
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from deltal_jax import train
 from deltal_jax.data.prompts import problems_at
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.base import Problem, VerifiesBatches
 from deltal_jax.tasks.countdown import CountDown
-from deltal_jax.tasks.grading import MISSING, grade
+from deltal_jax.tasks.grading import MISSING, Reward, grade
 from deltal_jax.tasks.math import MAX_RESPONSE, TEMPLATES, Math
 from deltal_jax.tasks.workers import Limits
 from deltal_jax.training.groups import missing_metrics
@@ -218,3 +221,46 @@ def test_a_template_without_a_place_and_a_training_file_that_is_held_out_are_ref
         Math(*files, template=str(bad))
     with pytest.raises(UserError, match=r"^task\.math\.train: all its problems"):
         Math(files[1][0], files[1])
+
+
+def children():
+    """Processes that this one has started and not ended."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    return {child for listed in tasks for child in listed.read_text().split()}
+
+
+TINY = {
+    "sft.steps": 0,
+    "rl.steps": 2,
+    "rl.prompts_per_step": 2,
+    "rl.samples_per_prompt": 2,
+    "rollout.max_response_length": 8,
+    "rollout.max_prompt_length": 64,
+    "length_buckets": [72],
+    "evaluate.problems": 2,
+    "model.layers": 1,
+    "model.d_model": 16,
+    "model.head_dim": 8,
+    "model.d_ff": 16,
+    "run.report": False,
+    "task.name": "math",
+    "task.math.verifier": "reference",
+    "task.math.template": "plain",
+}
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError, KeyboardInterrupt])
+def test_a_run_leaves_no_worker_behind_however_it_ends(error, files, tmp_path):
+    before, during = children(), set()
+
+    def reward(prompts, responses, answers):
+        during.update(children() - before)
+        if error is not None:
+            raise error
+        return [0.0] * len(responses)
+
+    data = {"task.math.train": files[0], "task.math.eval": files[1]}
+    options = TINY | data | {"run.dir": str(tmp_path / "run")}
+    with nullcontext() if error is None else pytest.raises(error):
+        train("countdown-tiny", options, rewards=[Reward(reward)], quiet=True)
+    assert during and not during & children()

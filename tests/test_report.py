@@ -78,7 +78,8 @@ def rl_line(step: int, **metrics: float | None) -> dict:
 
 
 def eval_line(step: int, accuracy: float, task: str = "countdown") -> dict:
-    values = {"avg_at_k": accuracy, "k": 4, "problems": 25}
+    bounds = {"avg_at_k_low": accuracy - 0.05, "avg_at_k_high": accuracy + 0.05}
+    values = {"avg_at_k": accuracy, "k": 4, "problems": 25} | bounds
     metrics = {f"eval/{task}/{name}": value for name, value in values.items()}
     return {"step": step, "phase": "eval", **metrics}
 
@@ -157,26 +158,12 @@ def test_missing_files_raise(tmp_path):
         report.write_report(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize(("share", "count"), [(0.125, 100), (0.5, 7), (0.999, 5000)])
-def test_wilson_bounds_solve_the_score_equation(share, count):
-    for bound in report.wilson_interval(share, count):
-        deviation = 1.959963984540054 * math.sqrt(bound * (1 - bound) / count)
-        assert abs(share - bound) == pytest.approx(deviation, rel=1e-9)
-
-
-def test_wilson_interval_at_the_edges():
-    assert report.wilson_interval(0.0, 10) == pytest.approx((0.0, 0.2775328), abs=1e-6)
-    assert report.wilson_interval(1.0, 10) == pytest.approx((0.7224672, 1.0), abs=1e-6)
-    for share, count in [(1.2, 10), (0.5, 0), (math.nan, 10), (0.5, math.nan)]:
-        assert np.isnan(report.wilson_interval(share, count)).all()
-
-
 def test_headline_states_the_run(page):
     assert "12.5% → 50.0%" in page.text
-    low, high = report.wilson_interval(0.125, 100)
-    assert f"before RL: 95% interval {low:.1%} to {high:.1%}" in page.text
-    assert "step 2: 95% interval 40.4% to 59.6%" in page.text
-    assert "treat samples as\nindependent" in page.text
+    assert "before RL: 95% interval 7.5% to 17.5%" in page.text
+    assert "step 2: 95% interval 45.0% to 55.0%" in page.text
+    assert "bootstrap over distinct problems" in page.text
+    assert "monotonicity 0" not in page.text  # two evaluations have none
     assert "RL steps done2of 5 planned" in page.text
     assert "Wall time0:01:40" in page.text
     assert "Median length102tokens, at the last RL step; 101 at the first" in page.text
@@ -278,7 +265,7 @@ def test_warm_up_only(tmp_path):
     write_metrics(tmp_path, [{"step": 1, "phase": "sft", "sft/loss": 2.5}])
     page = Page(report.write_report(tmp_path))
     assert page.titles() == ["Warm-up loss"]
-    assert "Wilson" not in page.text
+    assert "bootstrap" not in page.text
 
 
 def test_one_point_of_everything(tmp_path):
@@ -294,6 +281,13 @@ def test_accuracy_without_counts_has_no_interval(tmp_path):
     page = Page(report.write_report(tmp_path))
     assert "Accuracy, a/b50.0%step 40: 95% interval unknown" in page.text
     assert "Accuracy, c" not in page.text and "nan" not in page.text
+
+
+def test_monotonicity_is_that_of_the_evaluations(tmp_path):
+    accuracies = [0.1, 0.3, 0.2, 0.4]
+    write_metrics(tmp_path, [eval_line(20 * i, value) for i, value in enumerate(accuracies)])
+    page = Page(report.write_report(tmp_path))
+    assert "monotonicity 0.80, over 4 evaluations" in page.text
 
 
 def test_resumed_run_counts_a_step_once_but_its_time_twice(tmp_path):

@@ -25,6 +25,10 @@ def write_and_read(path: str) -> list[str]:
     return [read, "written"]
 
 
+def even_words(text: str) -> bool:
+    return len(text.split()) % 2 == 0
+
+
 def swallow(seconds: float) -> str:
     """Sleep although it is interrupted by what is an Exception."""
     import time

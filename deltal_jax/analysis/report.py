@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from deltal_jax.analysis.statistics import wilson_interval
+from deltal_jax.analysis.accuracy import rank_correlation
 from deltal_jax.metrics import load_metrics
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Table = dict[str, np.ndarray]  # one row a step; a metric without any finite value has no column
 MAX_POINTS, MAX_BARS, MAX_SAMPLES = 400, 24, 24  # longer series are averaged before they are drawn
-CAVEAT = """<p class="note">Wilson intervals with n = problems &times; k. They treat samples as
-independent, and are too narrow as far as samples of the same problem agree.</p>"""
+CAVEAT = """<p class="note">Intervals by bootstrap over distinct problems: responses to one problem
+are no independent trials. Monotonicity is the rank correlation of step and accuracy.</p>"""
 TIMES = ("rollout", "reward", "old_logprob", "update", "checkpoint", "evaluate")
 SUBTITLE = ("objective.aggregation", "objective.alpha", "seed", "sft.steps", "rl.steps")
 # Matplotlib draws in these exact colours; the page replaces them by those of its own theme.
@@ -171,7 +171,7 @@ def _numbers(rows: Iterable[Row], key: str, other: float = math.nan) -> list[flo
 
 
 def _phase_table(lines: Iterable[Row], phase: str) -> Table:
-    """Return the metrics of a phase in order of steps, accuracies with their intervals.
+    """Return the metrics of a phase in order of steps.
 
     Lines of one step are merged, and the later one wins: a resumed run repeats steps.
     """
@@ -181,13 +181,7 @@ def _phase_table(lines: Iterable[Row], phase: str) -> Table:
             merged.setdefault(step, {}).update(line)
     rows = [merged[step] for step in sorted(merged)]
     columns = {key: np.array(_numbers(rows, key)) for key in set().union(*rows)}
-    table = {key: column for key, column in columns.items() if np.isfinite(column).any()}
-    for key in _accuracies(table).values():
-        prefix = key.removesuffix("avg_at_k")
-        trials = np.multiply(_numbers(rows, f"{prefix}problems"), _numbers(rows, f"{prefix}k"))
-        bounds = [wilson_interval(*pair) for pair in zip(table[key], trials, strict=True)]
-        table[f"{key}:low"], table[f"{key}:high"] = np.array(bounds).T
-    return table
+    return {key: column for key, column in columns.items() if np.isfinite(column).any()}
 
 
 def _accuracies(table: Table) -> dict[str, str]:
@@ -217,10 +211,13 @@ def _headline(tables: dict[str, Table], times: dict[str, float], config: Row) ->
         known = np.flatnonzero(np.isfinite(evals[key]))
         ends, notes = sorted({known[0], known[-1]}), []
         for row in ends:
-            step, low, high = (evals[name][row] for name in ("step", f"{key}:low", f"{key}:high"))
+            step, unknown = evals["step"][row], np.full(len(evals["step"]), math.nan)
+            low, high = (evals.get(f"{key}_{end}", unknown)[row] for end in ("low", "high"))
             interval = f"{low:.1%} to {high:.1%}" if low <= high else "unknown"
             when = f"step {step:.0f}" if step else "before RL"
             notes.append(f"{when}: 95% interval {interval}")
+        if (order := rank_correlation(evals["step"], evals[key])) is not None:
+            notes.append(f"monotonicity {order:.2f}, over {len(known)} evaluations")
         value = " → ".join(f"{evals[key][row]:.1%}" for row in ends)
         tiles.append((f"Accuracy, {task}", value, notes))
     planned = [f"of {config['rl.steps']} planned"] if "rl.steps" in config else []
@@ -276,7 +273,7 @@ def _curves(title: str, table: Table, scale: str, curves: dict[str, str]) -> str
                 continue
             dash, marker = DASHES[index // 6 % 3], "." if len(steps) < 30 else ""
             axes.plot(steps[known], column[known], color=colour, linestyle=dash, marker=marker)
-            low, high = (table.get(name) for name in BANDS.get(key, (f"{key}:low", f"{key}:high")))
+            low, high = (table.get(name) for name in BANDS.get(key, (f"{key}_low", f"{key}_high")))
             if low is not None and high is not None:
                 axes.fill_between(steps, low, high, color=colour, alpha=0.17, linewidth=0)
         _set_scale(axes, scale, np.concatenate([table[key] for _, _, key in drawn]))

@@ -109,8 +109,6 @@ def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
 
 
 def _print_table(result) -> None:
-    from deltal_jax.analysis.statistics import wilson_interval
-
     print(f"\n{'':24}{'warm-up':>16}{'now (step ' + str(result.after.get('step', 0)) + ')':>18}")
     rows = (("accuracy (avg@k)", "avg_at_k"), ("pass@k", "pass_at_k"), ("length", "length"))
     for label, key in (*rows, ("truncated", "truncated_frac")):
@@ -120,9 +118,12 @@ def _print_table(result) -> None:
             )
             print(f"{label:24}{next(figures):>16}{next(figures):>18}")
     if result.after:
-        intervals = [wilson_interval(r["avg_at_k"], r["problems"] * r["k"]) for r in both(result)]
-        shown = [f"{low:.3f} – {high:.3f}" for low, high in intervals]
+        ends = [[r.get(f"avg_at_k_{end}") for end in ("low", "high")] for r in both(result)]
+        shown = ["unknown" if None in pair else "{:.3f} – {:.3f}".format(*pair) for pair in ends]
         print(f"{'95 % interval':24}{shown[0]:>16}{shown[1]:>18}")
+    for name, order in result.monotonicity.items():
+        if order is not None:
+            print(f"{'monotonicity, ' + name:24}{order:>34.3f}")
     print(f"\nwall time  {result.seconds:.0f} s\nrun        {result.run_dir}")
     if result.report is not None:
         print(f"report     {result.report}")

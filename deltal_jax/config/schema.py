@@ -258,8 +258,8 @@ class RlConfig:
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
     every: int = field(20, "RL steps between evaluations; 0: only before and after", low=0)
-    problems: int = field(512, "held-out problems", low=1)
-    samples_per_problem: int = field(1, "responses a problem: k of avg@k and pass@k", low=1)
+    problems: int = field(512, "held-out problems, of each data set at most", low=1)
+    samples_per_problem: int = field(1, "responses a problem: k of avg@k, pass@k and maj@k", low=1)
     temperature: float = field(1.0, "sampling temperature; 0 is greedy", low=0.0)
     rows: int = field(16, "responses in the readable table of each evaluation", low=0)
 

@@ -1,12 +1,17 @@
 """What an engine is: prompts and parameters in, a rollout out."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Int
 
 from deltal_jax.rollout.schedule import RolloutStats
 from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.types import Prompts, Responses, Rollout
+
+#: Told the row of a response and all its tokens.
+Finished = Callable[[int, Int[np.ndarray, " t"]], None]
 
 
 class RolloutEngine(Protocol):
@@ -36,10 +41,20 @@ class RolloutEngine(Protocol):
         ...
 
     def sample(
-        self, params: Any, responses: Responses, *, needed: int | None = None, room: int = 0
+        self,
+        params: Any,
+        responses: Responses,
+        *,
+        needed: int | None = None,
+        room: int = 0,
+        finished: Finished | None = None,
     ) -> tuple[Responses, RolloutStats]:
         """Go on with every response until those to the first `needed` prompts are finished; None:
-        all. With `room`, calls with any number of prompts up to it share what is compiled."""
+        all. With `room`, calls with any number of prompts up to it share what is compiled.
+
+        `finished` is told of responses that end while others are sampled, soon after they do and
+        from any thread; not of the last ones. What is sampled does not depend on it, except that a
+        server that gets lost may give another response afterwards, which then counts."""
         ...
 
     def place(self, params: Any) -> Any:

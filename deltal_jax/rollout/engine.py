@@ -32,8 +32,9 @@ from deltal_jax.parallel.sharding import (
     row_shards,
 )
 from deltal_jax.rollout import checks, pools
+from deltal_jax.rollout.base import Finished
 from deltal_jax.rollout.pools import Plan, Pool, doubled, make_plan
-from deltal_jax.rollout.results import Written, assemble, begin, merge, stats, take
+from deltal_jax.rollout.results import Teller, Written, assemble, begin, merge, stats, take
 from deltal_jax.rollout.schedule import RolloutStats
 from deltal_jax.rollout.slots import (
     Queue,
@@ -44,6 +45,7 @@ from deltal_jax.rollout.slots import (
     Weights,
     compact,
     empty_slots,
+    finished_rows,
     prefill,
     resize,
     run,
@@ -62,7 +64,8 @@ FINE = 512
 FEWEST = 4
 #: And only where there are at most so many responses a slot.
 LONG_TAIL = 4
-#: Steps between two looks at whether all that is needed is there, on a mesh.
+#: Steps between two looks at what has ended, where someone is told of it, and on a mesh at whether
+#: all that is needed is there.
 CHUNK = 64
 #: Prompt tokens that are prefilled at once.
 PREFILL_TOKENS = 8192
@@ -95,7 +98,9 @@ class Engine:
         #: By the arguments of `_check`.
         self._memory: dict[Any, dict[str, int]] = {}
         alike = functools.partial(jax.jit, compiler_options=ROUND_ALIKE)
-        decode_queue = functools.partial(run, graphdef, options)
+        decode_queue = functools.partial(
+            run, graphdef, options, alone=mesh is None or self.shards == 1
+        )
         if mesh is not None:
             rows, whole = PartitionSpec(ROW_AXES), PartitionSpec()
             decode_queue = jax.shard_map(
@@ -110,11 +115,14 @@ class Engine:
         def turn(
             weights: Weights, store: Store, queue: Queue, slots: Slots, *bounds: Array
         ) -> tuple[Slots, Status]:
+            before = slots.counts.slot_steps
             slots = decode_queue(weights, store, queue, slots, *bounds)
-            status = status_of(queue, slots)
-            return slots, status if mesh is None else self._whole(status)
+            status = status_of(queue, slots, before, bounds[-1])
+            return slots, self._whole(status)
 
         self._run = alike(turn, donate_argnums=3)
+        self._look = jax.jit(lambda slots: self._whole(finished_rows(options, slots)))
+        self._read = jax.jit(self._read_rows)
         self._prefill = alike(functools.partial(prefill, graphdef))
         self._resize = jax.jit(resize, static_argnums=1)
         self._compact = jax.jit(compact, static_argnums=1)
@@ -153,7 +161,8 @@ class Engine:
 
     def _whole(self, tree: Any) -> Any:
         """The same on every device, so that every process can read it."""
-        assert self.mesh is not None
+        if self.mesh is None:
+            return tree
         return jax.lax.with_sharding_constraint(tree, replicated_sharding(self.mesh))
 
     def _place(self, array: np.ndarray) -> Array:
@@ -191,15 +200,21 @@ class Engine:
         return assemble(responses), stats
 
     def sample(
-        self, params: Any, responses: Responses, *, needed: int | None = None, room: int = 0
+        self,
+        params: Any,
+        responses: Responses,
+        *,
+        needed: int | None = None,
+        room: int = 0,
+        finished: Finished | None = None,
     ) -> tuple[Responses, RolloutStats]:
         """Go on with every response until those to the first `needed` prompts are finished; None:
         all. Others may be unfinished then.
 
         Each begins in its turn, those that were begun before first. What was sampled before stays
         as it is, log-probabilities included; the cache is computed anew, by `params`. Calls with
-        any number of prompts up to `room` share their compiled programs. Raises UserError as
-        `generate` does.
+        any number of prompts up to `room` share their compiled programs. `finished` is told of
+        responses that ended at least every `CHUNK` steps. Raises UserError as `generate` does.
         """
         prompts = responses.prompts
         samples = math.ceil(len(responses.lengths) / len(prompts.lengths))
@@ -214,12 +229,15 @@ class Engine:
         slots = dataclasses.replace(slots, owed=self._place(plan.needed))
         # On a mesh none stops by itself: others may have long ones to finish.
         steps = CHUNK if self.shards > 1 and wanted < len(prompts.lengths) else 0
+        tell = finished and Teller(
+            finished, responses, plan.rows.reshape(-1), self._look, self._read
+        )
         for number, pool in enumerate(plan.pools if plan.needed.any() else ()):
             queue = self._queue(pool, plan, more=pool is not plan.pools[-1])
             slots = dataclasses.replace(slots, taken=self._place(np.zeros(self.shards, np.int32)))
             store = self._store(weights, pool)
             slots, over = self._drain(
-                weights, store, queue, slots, windows, max(longest[number:]), steps
+                weights, store, queue, slots, windows, max(longest[number:]), steps, tell
             )
             del store  # or it would be there while the next one is computed
             if over:
@@ -259,14 +277,16 @@ class Engine:
         windows: list[int],
         longest: int,
         steps: int,
+        tell: Teller | None,
     ) -> tuple[Slots, bool]:
         """Decode until the queue is empty and a slot is free, or nothing is owed any more: then
         also True. The cache is as wide as it needs to be, and never narrower than the longest
-        sequence of this or a later pool; `steps`: see `slots.run`."""
+        sequence of this or a later pool; `steps`: see `slots.run`. Of what ended `tell` is told in
+        between, which changes nothing of it: slots that only paused for it stay as they are."""
         # On a mesh the devices run out at different times, and would wait for each other. And where
         # many responses share a slot the tail is too short to be worth more programs.
         giving_up = self.mesh is None and slots.lengths.shape[0] <= LONG_TAIL * self.options.slots
-        limit = jnp.asarray(steps, jnp.int32)
+        limit = jnp.asarray(steps or CHUNK * (tell is not None), jnp.int32)
         sizes = _parts(self.options.slots, FEWEST) if giving_up else []
         while True:
             window = window_of(slots)
@@ -285,6 +305,10 @@ class Engine:
             end = int(status.longest)
             if status.drained and end < window:
                 return slots, False
+            if tell is not None:
+                tell(slots)
+                if status.paused and not steps:
+                    continue
             if few and status.last and status.live <= few:
                 slots = self._compact(slots, min(n for n in fewer if n >= status.live))
             wanted = _fitting(windows, max(end + 1, longest))
@@ -326,6 +350,10 @@ class Engine:
             needed=self._place(plan.needed),
             more=self._place(np.full(self.shards, more)),
         )
+
+    def _read_rows(self, slots: Slots, rows: Array) -> tuple[Array, Array]:
+        """Tokens and lengths of some rows of the results."""
+        return self._whole((slots.tokens[rows], slots.lengths[rows]))
 
     def _fetch(self, slots: Slots) -> Written:
         """What was written, in host memory."""

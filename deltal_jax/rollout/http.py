@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from deltal_jax.errors import UserError
 from deltal_jax.model.architecture import Architecture
+from deltal_jax.rollout.base import Finished
 from deltal_jax.rollout.checks import check_request
 from deltal_jax.rollout.client import AbortedError, Client, LostServerError
 from deltal_jax.rollout.dialects import DIALECTS, Answer, BadAnswerError, check_answer
@@ -116,10 +117,17 @@ class HttpEngine:
         return assemble(responses), stats
 
     def sample(
-        self, params: Any, responses: Responses, *, needed: int | None = None, room: int = 0
+        self,
+        params: Any,
+        responses: Responses,
+        *,
+        needed: int | None = None,
+        room: int = 0,
+        finished: Finished | None = None,
     ) -> tuple[Responses, RolloutStats]:
         """All of the responses, of which none may have begun: `needed` and `room` change nothing
-        here. Raises UserError as `generate`."""
+        here. `finished` is told of each, by the thread that asked for it. Raises UserError as
+        `generate`."""
         del needed, room
         assert not responses.lengths.any(), "a server begins each response anew"
         prompts = responses.prompts
@@ -133,7 +141,7 @@ class HttpEngine:
             for row, (group, seed) in enumerate(zip(responses.group_ids, seeds, strict=True))
         ]
         with self._weights.lock:
-            given = self._persist(params, asked)
+            given = self._persist(params, asked, finished)
         responses = self._filled(responses, [own.answer for own in given])
         return responses, _stats(given, self._places(len(given)))
 
@@ -141,7 +149,7 @@ class HttpEngine:
         """As they are: the server reads them from a folder."""
         return params
 
-    def _persist(self, params: Any, asked: list[Asked]) -> list[Given]:
+    def _persist(self, params: Any, asked: list[Asked], finished: Finished | None) -> list[Given]:
         """All answers, each from these parameters, however often the server gets lost in between,
         up to the bound."""
         for attempt in itertools.count(1):
@@ -149,7 +157,7 @@ class HttpEngine:
             try:
                 self._weights.update(client, self._speech, params, self._write, self._folder)
                 self._check_scaled(client, asked[0].prompt)
-                return self._sample(client, asked)
+                return self._sample(client, asked, finished)
             except LostServerError as error:
                 self._weights.lost()
                 if attempt > client.retries:
@@ -164,11 +172,11 @@ class HttpEngine:
         """How many requests are under way at once."""
         return min(self.options.slots, requests)
 
-    def _sample(self, client: Client, asked: list[Asked]) -> list[Given]:
+    def _sample(self, client: Client, asked: list[Asked], finished: Finished | None) -> list[Given]:
         """The answers in the order of the requests; where one fails the rest are broken off."""
         pool = ThreadPoolExecutor(self._places(len(asked)))
         try:
-            futures = [pool.submit(self._one, client, own) for own in asked]
+            futures = [pool.submit(self._one, client, own, finished) for own in asked]
             wait(futures)
         finally:
             client.close()
@@ -178,12 +186,14 @@ class HttpEngine:
             raise next(error for error in errors if not isinstance(error, AbortedError))
         return [future.result() for future in futures]
 
-    def _one(self, client: Client, asked: Asked) -> Given:
+    def _one(self, client: Client, asked: Asked, finished: Finished | None) -> Given:
         begin = time.monotonic_ns()
         try:
             answer = self._speech.read(self._ask(client, asked, self.options))
             version = self._weights.version
             check_answer(answer, asked.prompt, self.options, vocab=self.arch.vocab, version=version)
+            if finished is not None:
+                finished(asked.row, np.asarray(answer.ids, np.int32))
         except BaseException as error:
             client.close()
             if isinstance(error, BadAnswerError):

@@ -1,18 +1,22 @@
 """Responses: before anything is sampled, between two times of sampling, and as a rollout."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from deltal_jax.rollout.base import Finished
 from deltal_jax.rollout.sampling import stream_keys
 from deltal_jax.rollout.schedule import RolloutStats, ideal_steps
-from deltal_jax.rollout.slots import Counts, SamplingOptions
+from deltal_jax.rollout.slots import Counts, SamplingOptions, Slots
 from deltal_jax.types import Prompts, Responses, Rollout
 
 _keys = jax.jit(stream_keys, static_argnums=4)
+#: Rows that are read at once, while others are sampled: of one number, for one compiled program.
+READ_ROWS = 16
 #: Fields of `Responses` that sampling adds to.
 SAMPLED = ("tokens", "logprobs", "raw_logprobs", "lengths", "ended")
 
@@ -27,6 +31,37 @@ class Written:
     lengths: np.ndarray
     ended: np.ndarray
     counts: Counts
+
+
+class Teller:
+    """Tells `finished` of each response that has ended, once.
+
+    Row i of the results is the response rows[i], or nobody's where that is -1. `ended(slots)` says
+    which rows have ended, `read(slots, rows)` gives the tokens and lengths of some.
+    """
+
+    def __init__(
+        self,
+        finished: Finished,
+        responses: Responses,
+        rows: Int[np.ndarray, " n"],
+        ended: Callable[[Slots], Array],
+        read: Callable[[Slots, np.ndarray], tuple[Array, Array]],
+    ):
+        self._finished, self._responses, self._rows = finished, responses, rows
+        self._ended, self._read, self._open = ended, read, rows >= 0
+
+    def __call__(self, slots: Slots) -> None:
+        """Tell of those that have ended since the last call."""
+        ended = np.flatnonzero(self._open & np.asarray(self._ended(slots)))
+        self._open[ended] = False
+        for first in range(0, len(ended), READ_ROWS):
+            some = ended[first : first + READ_ROWS]
+            padded = np.resize(some, READ_ROWS)
+            tokens, lengths = (np.asarray(x) for x in self._read(slots, padded))
+            for row, new, length in zip(self._rows[some], tokens, lengths, strict=False):
+                before = self._responses.tokens[row, : self._responses.lengths[row]]
+                self._finished(int(row), np.concatenate([before, new[len(before) : length]]))
 
 
 def begin(

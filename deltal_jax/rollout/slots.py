@@ -164,11 +164,13 @@ def run(
     narrow: Int[Array, ""],
     few: Int[Array, ""],
     steps: Int[Array, ""],
+    *,
+    alone: bool = True,
 ) -> Slots:
     """Decode until the host has something to do: a live slot has no room for its next token; all
     live ones would fit in `narrow` tokens; a slot is free, the queue is empty and more comes; no
-    more comes and at most `few` slots are live; nothing is owed; or all is done. Where `steps` is
-    not 0 so many steps are the limit, and not what is owed."""
+    more comes and at most `few` slots are live; all is done; or so many `steps` are, if that is not
+    0. A device that is `alone` also ends where nothing is owed; on a mesh others may owe more."""
     model = nnx.merge(graphdef, weights.params)
     window = window_of(slots)
     before = slots.counts.slot_steps[0] // slots.live.shape[0]
@@ -182,7 +184,9 @@ def run(
         last = ~(waiting(slots) | queue.more[0])
         many = ~last | (jnp.sum(slots.live) > few)
         done = slots.counts.slot_steps[0] // slots.live.shape[0] - before
-        on = jnp.where(steps > 0, done < steps, slots.owed[0] > 0)
+        on = (steps == 0) | (done < steps)
+        if alone:
+            on &= slots.owed[0] > 0
         return on & (end < window) & (((end >= narrow) & many) | ~jnp.any(slots.live))
 
     def decodable(slots: Slots) -> Array:
@@ -218,10 +222,14 @@ class Status:
     last: Bool[Array, ""]  # whether nothing is left to begin
     owed: Int[Array, ""]  # responses that must be finished and are not
     drained: Bool[Array, ""]
+    paused: Bool[Array, ""]  # whether a device may have ended for the limit of steps alone
 
 
-def status_of(queue: Queue, slots: Slots) -> Status:
-    """Of the slots of all devices together."""
+def status_of(
+    queue: Queue, slots: Slots, before: Int[Array, " D"], steps: Int[Array, ""]
+) -> Status:
+    """Of the slots of all D devices together, after a run of at most so many steps; `before`: their
+    slot-steps when it began."""
     shards = slots.taken.shape[0]
     live = slots.live.reshape(shards, -1)
     taken = slots.taken >= queue.count
@@ -232,7 +240,13 @@ def status_of(queue: Queue, slots: Slots) -> Status:
         last=jnp.all(taken & ~queue.more),
         owed=jnp.sum(slots.owed),
         drained=jnp.all(taken & done),
+        paused=(steps > 0) & jnp.any(slots.counts.slot_steps - before == steps * live.shape[1]),
     )
+
+
+def finished_rows(options: SamplingOptions, slots: Slots) -> Bool[Array, " B"]:
+    """Which rows of the results are complete responses."""
+    return slots.ended | (slots.lengths >= options.max_response_length)
 
 
 def _longest(slots: Slots) -> Int[Array, ""]:

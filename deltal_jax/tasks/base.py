@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any, Literal, Protocol, runtime_checkable
 
 #: Why a reward is missing.
@@ -59,8 +60,7 @@ class Task(Protocol):
         ...
 
     def held_out(self, count: int) -> list[Problem]:
-        """`count` evaluation problems, the same for every seed; as many of each data set where
-        there are several, or all that it has."""
+        """`count` evaluation problems (of each data set at most), the same for every seed."""
         ...
 
     def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:
@@ -103,6 +103,23 @@ def files_of(task: Task) -> dict[str, ReadsFiles]:
     """The tasks that read files, by name: this one, or parts of a mixture."""
     parts = getattr(task, "parts", {task.name: task})
     return {name: part for name, part in parts.items() if isinstance(part, ReadsFiles)}
+
+
+@runtime_checkable
+class VerifiesAside(Protocol):
+    """What a task may have beside `verify`: verdicts that others work out while the caller goes
+    on."""
+
+    def submit(self, response: str, answer: Any) -> Future[Verdict] | None:
+        """Begin to judge one response; may block while too many wait. None where `verify` is as
+        quick. The verdict is the same whenever it is asked for."""
+        ...
+
+
+def close(task: Task) -> None:
+    """End what the task has started, such as processes, if it has a `close` of its own."""
+    if callable(own := getattr(task, "close", None)):
+        own()
 
 
 def verify_all(task: Task, pairs: Sequence[tuple[str, Any]]) -> list[Verdict]:

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import typing
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -77,13 +78,15 @@ def grade(
     problems: Sequence[Problem],
     responses: Sequence[str],
     rewards: Sequence[Reward | str] = ("task",),
+    early: Sequence[Future[Verdict] | None] = (),
 ) -> Grades:
     """Verify every response and total its rewards: Σ weight·reward, missing if any part is missing.
 
-    `correct` is always the task's own verdict, whatever the rewards are.
+    `correct` is always the task's own verdict, whatever the rewards are. `early` has those verdicts
+    that somebody began to ask for before; others are None.
     """
     asked = zip(problems, responses, strict=True)
-    verdicts = verify_all(task, [(response, problem.answer) for problem, response in asked])
+    verdicts = _verdicts(task, [(response, known.answer) for known, response in asked], early)
     parts: dict[str, np.ndarray] = {}
     taken = [task.name, *(task.parts if isinstance(task, Mixture) else ())]
     for item in rewards:
@@ -108,6 +111,15 @@ def grade(
         verdicts=verdicts,
         parts=parts,
     )
+
+
+def _verdicts(
+    task: Task, pairs: Sequence[tuple[str, Any]], early: Sequence[Future[Verdict] | None]
+) -> list[Verdict]:
+    early = early or [None] * len(pairs)
+    rest = [pair for pair, begun in zip(pairs, early, strict=True) if begun is None]
+    others = iter(verify_all(task, rest))
+    return [next(others) if begun is None else begun.result() for begun in early]
 
 
 def _call(

@@ -2,11 +2,12 @@ r"""Math: problems from files, answers in \boxed{}, judged in worker processes (
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ class Math:
             )
         self.verifier, self._template = verifier, _read_template(template)
         self._count, self._limits = workers, limits or Limits()
+        self._workers: Workers | None = None
+        self._lock = threading.Lock()  # training and evaluation may both be the first to ask
         held_out = [open_rows(Path(path), "task.math.eval") for path in held_out_files]
         self._held_out = [
             example
@@ -147,15 +150,14 @@ class Math:
         return None if example is None else self._problem(example)
 
     def held_out(self, count: int) -> list[Problem]:
-        """The first `count` of each data set (`Example.source`), or all that it has, in the order
-        of the files."""
-        taken: collections.Counter[str] = collections.Counter()
-        found = []
+        """The first `count` of each evaluation set, or all where it has fewer."""
+        met: collections.Counter[str] = collections.Counter()
+        kept = []
         for example in self._held_out:
-            taken[example.source] += 1
-            if taken[example.source] <= count:
-                found.append(dataclasses.replace(self._problem(example), dataset=example.source))
-        return found
+            met[example.source] += 1
+            if met[example.source] <= count:
+                kept.append(dataclasses.replace(self._problem(example), dataset=example.source))
+        return kept
 
     def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:
         for position in itertools.count():
@@ -178,26 +180,34 @@ class Math:
         The reward is None where there is none: the verifier ran out of time or memory, failed or
         crashed, or could not read the answer.
         """
-        calls = [(self.verifier, text[-MAX_RESPONSE:], known["gold"]) for text, known in pairs]
-        outcomes = self._workers.map(call for call in calls if call[2])
-        found = iter(outcomes)
-        unknown = Verdict(None, False, "no known answer")
-        return [_verdict(next(found)) if call[2] else unknown for call in calls]
+        return [future.result() for future in [self.submit(*pair) for pair in pairs]]
+
+    def submit(self, response: str, answer: Any) -> Future[Verdict]:
+        """The verdict of `verify_batch`, later."""
+        if answer["gold"]:
+            call = self.verifier, response[-MAX_RESPONSE:], answer["gold"]
+            return self._open().submit(*call, then=_verdict)
+        unknown: Future[Verdict] = Future()
+        unknown.set_result(Verdict(None, False, "no known answer"))
+        return unknown
 
     def close(self) -> None:
         """End the workers; new ones start where they are needed again."""
-        if "_workers" in self.__dict__:
-            self._workers.close()
-            del self._workers
+        with self._lock:
+            workers, self._workers = self._workers, None
+        if workers is not None:
+            workers.close()
 
-    @functools.cached_property
-    def _workers(self) -> Workers:
-        return Workers(
-            "deltal_jax.tasks.math_rules:judge",
-            self._count,
-            limits=self._limits,
-            warm_up=[(self.verifier, *call) for call in WARM_UP],
-        )
+    def _open(self) -> Workers:
+        with self._lock:
+            if self._workers is None:
+                self._workers = Workers(
+                    "deltal_jax.tasks.math_rules:judge",
+                    self._count,
+                    limits=self._limits,
+                    warm_up=[(self.verifier, *call) for call in WARM_UP],
+                )
+            return self._workers
 
     def _at(self, seed: int, position: int) -> Example | None:
         if seed not in self._streams:

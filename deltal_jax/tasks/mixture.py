@@ -3,9 +3,10 @@
 import dataclasses
 import random
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 
 from deltal_jax.errors import UserError
-from deltal_jax.tasks.base import Problem, Task, Verdict, verify_all
+from deltal_jax.tasks.base import Problem, Task, Verdict, VerifiesAside, close, verify_all
 
 
 class Mixture:
@@ -71,6 +72,10 @@ class Mixture:
     def verify(self, response: str, answer: dict) -> Verdict:
         return self.parts[answer["task"]].verify(response, answer["answer"])
 
+    def submit(self, response: str, answer: dict) -> Future[Verdict] | None:
+        part = self.parts[answer["task"]]
+        return part.submit(response, answer["answer"]) if isinstance(part, VerifiesAside) else None
+
     def verify_batch(self, pairs: Sequence[tuple[str, dict]]) -> list[Verdict]:
         """Each task's own at once."""
         found: dict[int, Verdict] = {}
@@ -79,6 +84,10 @@ class Mixture:
             own = [(pairs[row][0], pairs[row][1]["answer"]) for row in rows]
             found |= zip(rows, verify_all(part, own), strict=True)
         return [found[row] for row in range(len(pairs))]
+
+    def close(self) -> None:
+        for part in self.parts.values():
+            close(part)
 
     def _draw(self, rng: random.Random) -> str:
         return rng.choices(list(self.parts), self.weights)[0]

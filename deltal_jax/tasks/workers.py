@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
 
@@ -103,12 +103,15 @@ class Workers:
         # Called by `close`, where this object is collected, or where the interpreter ends.
         self._stop = weakref.finalize(self, _stop, self._queue, threads)
 
-    def submit(self, *arguments: Any) -> "Future[Outcome]":
-        """Begin a call. The future raises WorkerStartError where no worker starts."""
+    def submit(
+        self, *arguments: Any, then: Callable[[Outcome], Any] = lambda outcome: outcome
+    ) -> "Future[Any]":
+        """Begin a call; the future gives what `then` makes of its outcome, and raises
+        WorkerStartError where no worker starts."""
         if not self._stop.alive:
             raise RuntimeError("these workers are closed")
-        future: Future[Outcome] = Future()
-        self._queue.put((future, arguments))
+        future: Future[Any] = Future()
+        self._queue.put((future, arguments, then))
         return future
 
     def map(self, calls: Iterable[Sequence[Any]]) -> list[Outcome]:
@@ -146,17 +149,16 @@ def _serve(
     """One thread: it hands calls to its process until it is told to stop."""
     try:
         while (item := waiting.get()) is not None:
-            future, arguments = item
+            future, arguments, then = item
             if not future.set_running_or_notify_cancel():
                 continue
             try:
                 outcome = process.call(arguments)
+                with lock:
+                    counts[outcome.status] += 1
+                future.set_result(then(outcome))
             except Exception as error:
                 future.set_exception(error)
-                continue
-            with lock:
-                counts[outcome.status] += 1
-            future.set_result(outcome)
     finally:
         process.kill()
 

@@ -60,6 +60,10 @@ class Checkpoints:
         """The number of the newest complete checkpoint."""
         return self._manager.latest_step()
 
+    def all(self) -> list[int]:
+        """The numbers of all complete checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
     def read_position(self, number: int) -> Position:
         """Where the run was."""
         restored = self._manager.restore(

@@ -6,19 +6,22 @@ import json
 import math
 import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from deltal_jax.data.prompts import Drop, problems_at
 from deltal_jax.errors import UserError
-from deltal_jax.rollout.base import RolloutEngine
+from deltal_jax.rollout.base import Finished, RolloutEngine
 from deltal_jax.rollout.results import assemble, begin, join, take
 from deltal_jax.rollout.schedule import RolloutStats
 from deltal_jax.tasks.base import files_of
+from deltal_jax.tasks.early import EarlyVerdicts
 from deltal_jax.tasks.grading import Grades, Reward, grade
 from deltal_jax.tasks.shaping import soft_overlong_punishment
 from deltal_jax.training.groups import (
@@ -56,6 +59,7 @@ class _Gathered:
     good: list[bool] = dataclasses.field(default_factory=list)
     rounds: list[RolloutStats] = dataclasses.field(default_factory=list)
     grading: float = 0.0  # seconds
+    early: int = 0  # verdicts that were there before
 
 
 class RolloutStream:
@@ -70,6 +74,9 @@ class RolloutStream:
     few in the end, the first of the others make up the number. With `rollout.partial`, what has
     begun and this step does not need waits for the next one: finished groups, which are graded when
     their turn comes, and unfinished ones, which then go on under newer parameters.
+
+    Where verdicts take other processes' time, responses are judged as they end, while others are
+    still sampled; this changes how long a step takes, and nothing else.
 
     What one step leaves to the next is `next_prompt`, the first position of the stream that has not
     begun, and `carried`, the responses to the prompts right before it.
@@ -90,6 +97,9 @@ class RolloutStream:
         # A copy: the state that it is part of is given away to every update.
         self._key, self._rewards = jnp.copy(key), rewards
         self._dropped: dict[int, Drop] = {}  # positions of this step without a prompt
+        self._early = None
+        if EarlyVerdicts.serves(setup.task):
+            self._early = EarlyVerdicts(setup.task, functools.partial(response_text, setup))
 
     def next(self, params: Any, step: int) -> Collected:
         """The batch of an RL step (counted from 0), sampled by `params`. Where that fails, the
@@ -100,6 +110,8 @@ class RolloutStream:
         except BaseException:
             self.next_prompt, self.carried = before
             self._dropped = {}
+            if self._early is not None:
+                self._early.keep(())
             raise
 
     def _next(self, params: Any, step: int) -> Collected:
@@ -129,6 +141,11 @@ class RolloutStream:
                 "rollout/stale_frac": float(stale / batch.rollout.loss_mask.sum()),
                 "rollout/carried": float(_count(self.carried) * samples),
             }
+        if self._early is not None:
+            self._early.keep(
+                [] if self.carried is None else self.carried.prompts.positions.tolist()
+            )
+            metrics["overlap/verdicts_early"] = found.early / len(groups.rewards)
         metrics["time/reward"] = found.grading
         metrics["time/rollout"] = time.perf_counter() - started - found.grading
         return Collected(batch.positions, batch.rollout, batch.rewards, metrics)
@@ -147,7 +164,7 @@ class RolloutStream:
             found.rounds.append(self._sample(params, missing, share, step, len(found.rounds)))
             clock = time.perf_counter()
             while count := min(wanted - sum(found.good), self._ready()):
-                groups = self._grade(self._pop(count))
+                groups = self._grade(self._pop(count), found)
                 found.parts.append(groups)
                 found.good += self._good(groups).tolist()
             found.grading += time.perf_counter() - clock
@@ -185,8 +202,27 @@ class RolloutStream:
             self.next_prompt = drawn.next_position
             self._dropped |= drawn.dropped
         assert self.carried is not None
-        self.carried, stats = self.engine.sample(params, self.carried, needed=needed, room=room)
+        with self._listener(self.carried) as finished:
+            self.carried, stats = self.engine.sample(
+                params, self.carried, needed=needed, room=room, finished=finished
+            )
         return stats
+
+    @contextmanager
+    def _listener(self, responses: Responses) -> Iterator[Finished | None]:
+        """Has those that end judged, as long as it is open."""
+        if (early := self._early) is None:
+            yield None
+            return
+        positions = responses.prompts.positions
+        problems = problems_at(self.setup.task, self.setup.config.seed, positions)
+
+        def finished(row: int, tokens: np.ndarray) -> None:
+            group = responses.group_ids[row]
+            early.offer(int(positions[group]), problems[group].answer, tokens)
+
+        with early:
+            yield finished
 
     def _ready(self) -> int:
         """How many groups are finished before the first that is not."""
@@ -230,13 +266,16 @@ class RolloutStream:
             found["data/epoch"] = self.next_prompt / files[self.setup.task.name].rows()
         return found if files or left_out else {}
 
-    def _grade(self, responses: Responses) -> Groups:
+    def _grade(self, responses: Responses, found: _Gathered) -> Groups:
         rollout, positions = assemble(responses), responses.prompts.positions
         problems = problems_at(self.setup.task, self.setup.config.seed, positions)
         asked = [problems[group] for group in rollout.group_ids]
         texts = response_texts(self.setup, rollout)
-        grades = grade(self.setup.task, asked, texts, self._rewards)
-        each = positions[rollout.group_ids]
+        each, early = positions[rollout.group_ids], []
+        if self._early is not None:
+            early = [self._early.find(*of) for of in zip(each.tolist(), texts, strict=True)]
+            found.early += sum(verdict is not None and verdict.done() for verdict in early)
+        grades = grade(self.setup.task, asked, texts, self._rewards, early)
         shaped, parts = self._shape(grades, rollout)
         return Groups(each, rollout, shaped, grades.correct, parts, grades.missing)
 
@@ -290,15 +329,15 @@ def load_collected(arrays: dict[str, Any]) -> Collected:
 
 
 def response_texts(setup: Setup, rollout: Rollout) -> list[str]:
-    """The text of every response: its trained tokens, without the end-of-sequence id."""
-    eos = set(setup.tokenizer.eos_ids)
-    texts = []
-    for row, prompt, length in zip(
-        rollout.tokens, rollout.prompt_lengths, rollout.lengths, strict=True
-    ):
-        ids = row[prompt:length].tolist()
-        texts.append(setup.tokenizer.decode(ids[:-1] if ids and ids[-1] in eos else ids))
-    return texts
+    """The text of every response."""
+    rows = zip(rollout.tokens, rollout.prompt_lengths, rollout.lengths, strict=True)
+    return [response_text(setup, row[prompt:length]) for row, prompt, length in rows]
+
+
+def response_text(setup: Setup, tokens: Int[np.ndarray, " t"]) -> str:
+    """The text of a response's tokens, without the end-of-sequence id."""
+    ids = tokens.tolist()
+    return setup.tokenizer.decode(ids[:-1] if ids and ids[-1] in setup.tokenizer.eos_ids else ids)
 
 
 def _count(responses: Responses | None) -> int:

@@ -1,17 +1,26 @@
 """Evaluation by sampling on held-out problems."""
 
-import collections
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from deltal_jax.analysis.accuracy import (
+    avg_at_n,
+    best_at_k_bootstrap,
+    distinct,
+    majority_at_n,
+    pass_at_k,
+    powers_of_two,
+)
+from deltal_jax.analysis.statistics import bootstrap_intervals
 from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.tasks.base import Problem
-from deltal_jax.tasks.grading import Grades, grade
+from deltal_jax.tasks.grading import MISSING, Grades, grade
 from deltal_jax.training.collect import response_texts
 from deltal_jax.training.groups import rows_of
 from deltal_jax.training.setup import Setup, encode_problems
@@ -22,7 +31,7 @@ EVALUATION_STREAM = 0x6576616C
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Metrics `eval/<task>/…` and one row of plain data a response."""
+    """Metrics `eval/<data set>/…` and one row of plain data a response."""
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
@@ -48,22 +57,26 @@ def evaluate(setup: Setup, engine: RolloutEngine, params: Any, key: jax.Array) -
     grades = grade(setup.task, asked, responses)
     lengths = rollout.response_lengths
     metrics: dict[str, float] = {}
-    for name, numbers in _by_task(setup.task.name, problems).items():
+    sets = data_sets(setup.task.name, problems)
+    for name, numbers in sets.items():
         which = rows_of(numbers, config.samples_per_problem)
-        found = accuracy_metrics(_take(grades, which), len(numbers), config.samples_per_problem) | {
+        identities = [_identity(problems[number]) for number in numbers]
+        found = accuracy_metrics(_take(grades, which), identities) | {
             "length": float(np.mean(lengths[which])),
             "truncated_frac": float(np.mean(rollout.truncated[which])),
-            "distinct": float(len({_identity(problems[i]) for i in numbers})),
         }
         metrics |= {f"eval/{name}/{k}": v for k, v in found.items()}
+    metrics |= macro_averages(setup.task.name, sets, metrics)
     rows = [
         {
+            "dataset": "/".join(filter(None, (problem.task, problem.dataset))),
             "prompt": problem.prompt,
             "response": response,
             "answer": problem.answer,
             "reward": verdict.reward,
             "correct": verdict.correct,
             "reason": verdict.reason,
+            "missing": verdict.missing,
             "length": int(length),
             "truncated": bool(truncated),
         }
@@ -74,11 +87,37 @@ def evaluate(setup: Setup, engine: RolloutEngine, params: Any, key: jax.Array) -
     return Evaluation(metrics, rows)
 
 
-def _by_task(name: str, problems: list[Problem]) -> dict[str, np.ndarray]:
-    """The numbers of all problems under the task's name, and of a mixture each part's before."""
+def data_sets(task: str, problems: Sequence[Problem]) -> dict[str, np.ndarray]:
+    """The numbers of the problems that figures are given of, by name: each data set of a task that
+    has several (`task/set`), each part of a mixture, and at the end all, under the task's name."""
+    found: dict[str, list[int]] = {}
     parts = sorted({problem.task for problem in problems} - {""})
-    found = {part: [i for i, p in enumerate(problems) if p.task == part] for part in parts}
-    return {k: np.asarray(v) for k, v in (found | {name: list(range(len(problems)))}).items()}
+    for part in parts or [""]:
+        own = [number for number, problem in enumerate(problems) if problem.task == part]
+        names = list(dict.fromkeys(problems[number].dataset for number in own))
+        for name in names if len(names) > 1 else ():
+            path = f"{part or task}/{name or 'other'}"
+            found[path] = [number for number in own if problems[number].dataset == name]
+        found[part or task] = own
+    found.pop(task, None)
+    found[task] = list(range(len(problems)))
+    return {name: np.asarray(numbers) for name, numbers in found.items()}
+
+
+def macro_averages(
+    task: str, sets: dict[str, np.ndarray], metrics: dict[str, float]
+) -> dict[str, float]:
+    """Means of the sets' own figures, each set alike, beside that of all problems alike: over the
+    parts of a mixture, and over the data sets of a task."""
+    found = {}
+    for parent in sets:
+        own = [name for name in sets if name.startswith(f"{parent}/")]
+        if parent == task and not own:
+            own = [name for name in sets if "/" not in name and name != task]
+        for figure in ("avg_at_k", "pass_at_k") if own else ():
+            values = [metrics[f"eval/{name}/{figure}"] for name in own]
+            found[f"eval/{parent}/macro_{figure}"] = float(np.mean(values))
+    return found
 
 
 def _take(grades: Grades, rows: np.ndarray) -> Grades:
@@ -86,31 +125,43 @@ def _take(grades: Grades, rows: np.ndarray) -> Grades:
     return Grades(grades.rewards[rows], grades.correct[rows], verdicts, {})
 
 
-def accuracy_metrics(grades: Grades, problems: int, samples: int) -> dict[str, float]:
-    """avg@k, pass@k and maj@k over k = `samples` responses to each problem.
+def accuracy_metrics(grades: Grades, identities: Sequence[str]) -> dict[str, float]:
+    """Figures of `analysis.accuracy` over k responses to each problem, with their 95% intervals.
 
-    pass@k with all k samples is unbiased: the share of problems with a correct sample (Chen et al.,
-    arXiv 2107.03374). maj@k judges the most frequent answer; ties count by their correct share.
+    `identities` are equal for copies of a problem. A response without a verdict is not correct, and
+    is counted.
     """
-    correct = grades.correct.reshape(problems, samples)
-    answers = [verdict.answer for verdict in grades.verdicts]
-    votes = [
-        _majority(answers[i * samples : (i + 1) * samples], correct[i]) for i in range(problems)
-    ]
-    return {
-        "avg_at_k": float(correct.mean()),
-        "pass_at_k": float(correct.any(axis=1).mean()),
-        "maj_at_k": float(np.mean(votes)),
+    samples = len(grades.verdicts) // len(identities)
+    correct = grades.correct.reshape(-1, samples)
+    clusters = distinct(identities)
+    figures = {
+        "avg_at_k": avg_at_n(correct),
+        **{f"pass_at_{k}": pass_at_k(correct, k) for k in powers_of_two(samples)[1:-1]},
+        "pass_at_k": pass_at_k(correct, samples),
+        "maj_at_k": majority_at_n([verdict.answer for verdict in grades.verdicts], correct),
+        "best_at_k_bootstrap": best_at_k_bootstrap(correct, samples),
+    }
+    metrics = {name: float(values.mean()) for name, values in figures.items()}
+    names = ("avg_at_k", "pass_at_k")
+    bounds = bootstrap_intervals(np.stack([figures[name] for name in names], axis=1), clusters)
+    for name, (low, high) in zip(names, bounds, strict=True):
+        metrics |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    counts = np.bincount(grades.missing, minlength=len(MISSING))
+    causes = zip(MISSING, counts, strict=True)
+    return metrics | {
         "k": float(samples),
-        "problems": float(problems),
+        "problems": float(len(identities)),
+        "distinct": float(clusters.max() + 1),
+        "missing_frac": float(np.isnan(grades.rewards).mean()),
+        **{f"missing_{cause}": float(n) for cause, n in causes if cause and n},
     }
 
 
-def write_samples(folder: Path, step: int, evaluation: Evaluation, rows: int) -> None:
-    """`step-000020.jsonl` with every response, and a readable table of the first `rows`."""
+def write_samples(folder: Path, name: str, evaluation: Evaluation, rows: int) -> None:
+    """`<name>.jsonl` with every response, and `<name>.md`, a readable table of the first `rows`."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) for row in evaluation.rows]
-    (folder / f"step-{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     table = ["| prompt | response | tokens | verdict |", "| --- | --- | --- | --- |"]
     for row in evaluation.rows[:rows]:
         response = row["response"] + (" …" if row["truncated"] else "")
@@ -119,18 +170,18 @@ def write_samples(folder: Path, step: int, evaluation: Evaluation, rows: int) ->
             " ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;") for cell in cells
         )
         table.append(f"| {' | '.join(escaped)} |")
-    (folder / f"step-{step:06d}.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text("\n".join(table) + "\n", encoding="utf-8")
 
 
-def _majority(answers: list[str], correct: np.ndarray) -> float:
-    counts = collections.Counter(answers)
-    most = max(counts.values())
-    winners = {answer for answer, count in counts.items() if count == most}
-    return float(np.mean([correct[answers.index(answer)] for answer in winners]))
+def samples_name(step: int) -> str:
+    """What `write_samples` calls the files of a step."""
+    return f"step-{step:06d}"
 
 
 def _identity(problem: Problem) -> str:
-    """A problem up to the order of what it gives."""
+    """A problem up to the order of what it gives; where it gives no lists, its prompt."""
     given = problem.answer["answer"] if problem.task else problem.answer
-    answer = {k: sorted(v) if isinstance(v, list) else v for k, v in dict(given).items()}
+    if not isinstance(given, dict) or not any(isinstance(v, list) for v in given.values()):
+        return problem.prompt
+    answer = {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in given.items()}
     return json.dumps(answer, sort_keys=True)

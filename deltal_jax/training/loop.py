@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from deltal_jax.analysis.accuracy import monotonicity
 from deltal_jax.analysis.report import write_report
 from deltal_jax.backend import enable_compile_cache
 from deltal_jax.errors import UserError
@@ -19,6 +20,7 @@ from deltal_jax.model.architecture import attention_work
 from deltal_jax.model.lora import overlay
 from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.base import RolloutEngine
+from deltal_jax.tasks.base import close
 from deltal_jax.tasks.grading import Reward, RewardFunction, as_rewards
 from deltal_jax.training import run_folder
 from deltal_jax.training.ahead import Ahead, open_batches
@@ -31,7 +33,7 @@ from deltal_jax.training.run import Run, check_profile, choose_rewards, create_r
 from deltal_jax.training.setup import Setup, init_params, make_engine, make_update
 from deltal_jax.training.sft import demonstration_batches
 from deltal_jax.training.step import NonFiniteLoss, Update
-from deltal_jax.training.trained import restore_state
+from deltal_jax.training.trained import restore_state, root_key
 from deltal_jax.types import Rollout, TrainState
 
 
@@ -41,7 +43,8 @@ class _Interrupted(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run came to. `before` and `after` are the evaluations around RL."""
+    """What a run came to. `before` and `after` are the evaluations around RL, `monotonicity` is
+    `analysis.accuracy`'s of all of them by data set."""
 
     run_dir: Path
     report: Path | None
@@ -49,6 +52,7 @@ class TrainResult:
     step: int
     before: dict[str, float]
     after: dict[str, float]
+    monotonicity: dict[str, float | None]
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -104,15 +108,15 @@ def train(
         display.stop()
         writer.close()
         checkpoints.close()
+        close(setup.task)
     return _finish(run, step, status, time.monotonic() - started)
 
 
 def _run_phases(run: Run, newest: int | None, position: Position) -> tuple[int, str]:
     """Warm-up and RL from wherever the checkpoint is; returns the RL step and how it ended."""
     setup, config = run.setup, run.setup.config
-    key = jax.random.key(config.seed, impl="threefry2x32")
     warm_up, policy = make_update(setup, "sft"), make_update(setup, "rl")
-    init_key, run_key = jax.random.split(key)
+    init_key, run_key = jax.random.split(root_key(config.seed))
     if newest is None:
         state = warm_up.init(init_params(setup, init_key), run_key, donate=True)
     else:
@@ -304,11 +308,13 @@ def _finish(run: Run, step: int, status: str, seconds: float) -> TrainResult:
         | {"step": line["step"]}
         for line in evaluations
     ]
+    order = monotonicity(evaluations)
+    run.conclude(order)
     report = write_report(run.folder) if run.setup.config.run.report else None
     if status == "interrupted":
         run.display.say(f"interrupted after RL step {step}; go on with: {run.resume_command()}")
     before, after = (figures[0], figures[-1]) if figures else ({}, {})
-    return TrainResult(run.folder, report, status, step, before, after, seconds)
+    return TrainResult(run.folder, report, status, step, before, after, order, seconds)
 
 
 def _refuse_non_finite(run: Run, pending: list) -> None:

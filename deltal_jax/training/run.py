@@ -26,7 +26,7 @@ from deltal_jax.training.ahead import Ahead
 from deltal_jax.training.checkpoint import Checkpoints, Position
 from deltal_jax.training.collect import RolloutStream
 from deltal_jax.training.describe import describe_model, describe_sampling, describe_task, formula
-from deltal_jax.training.evaluate import evaluate, write_samples
+from deltal_jax.training.evaluate import evaluate, samples_name, write_samples
 from deltal_jax.training.setup import (
     Setup,
     check_setup,
@@ -79,17 +79,16 @@ class Run:
         seconds = {"time/evaluate": time.perf_counter() - clock}
         self.writer.write(step, "eval", result.metrics | seconds)
         config = self.setup.config.evaluate
-        write_samples(self.folder / run_folder.SAMPLES, step, result, config.rows)
-        prefix = f"eval/{self.setup.task.name}"
-        accuracy, truncated, distinct, length = (
-            result.metrics[f"{prefix}/{name}"]
-            for name in ("avg_at_k", "truncated_frac", "distinct", "length")
-        )
+        write_samples(self.folder / run_folder.SAMPLES, samples_name(step), result, config.rows)
+        prefix = f"eval/{self.setup.task.name}/"
+        found = {k.removeprefix(prefix): v for k, v in result.metrics.items()}
+        missing = found["missing_frac"]
         self.display.say(
-            f"step {step}: accuracy {accuracy:.3f} on {config.problems} held-out problems "
-            f"({distinct:.0f} distinct), length {length:.1f}, truncated {truncated:.3f}"
+            f"step {step}: accuracy {found['avg_at_k']:.3f} on {found['problems']:.0f} held-out "
+            f"problems ({found['distinct']:.0f} distinct), length {found['length']:.1f}, truncated "
+            f"{found['truncated_frac']:.3f}" + (f", no verdict {missing:.3f}" if missing else "")
         )
-        return accuracy
+        return found["avg_at_k"]
 
     def announce(self, newest: int | None, position: Position) -> None:
         """Say and keep what this run does, and where it goes on."""
@@ -106,7 +105,7 @@ class Run:
                 "machine": platform.machine(),
             },
         }
-        run_folder.write_text(self.folder / run_folder.SUMMARY, json.dumps(facts, indent=1) + "\n")
+        self._summarise(facts)
         self.display.say(f"run folder: {self.folder}")
         self.display.say(describe_model(config, self.setup.architecture))
         if found := describe_task(self.setup.task):
@@ -120,6 +119,14 @@ class Run:
                 self.display.say(
                     f"rl.steps: all {position.step} steps are done; resume with more to go on"
                 )
+
+    def conclude(self, order: dict[str, float | None]) -> None:
+        """Keep the monotonicity of each evaluation set beside what `announce` kept."""
+        facts = json.loads((self.folder / run_folder.SUMMARY).read_text(encoding="utf-8"))
+        self._summarise(facts | {"monotonicity": order})
+
+    def _summarise(self, facts: dict[str, Any]) -> None:
+        run_folder.write_text(self.folder / run_folder.SUMMARY, json.dumps(facts, indent=1) + "\n")
 
     def stopped(self, phase: str, step: int, what: object) -> TrainingError:
         """The error that ends the run in a step of a phase."""

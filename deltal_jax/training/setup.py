@@ -132,6 +132,11 @@ def check_config(config: Config, checkpoint_config: dict[str, Any] | None) -> No
     """The part of `check_setup` that needs no problem, no weights and no device."""
     make_loss(config)
     load_rewards(config.task.rewards)
+    check_context(config, checkpoint_config)
+
+
+def check_context(config: Config, checkpoint_config: dict[str, Any] | None) -> None:
+    """Raises UserError for prompts with responses that are longer than the model was made for."""
     context = (checkpoint_config or {}).get(huggingface.CONTEXT)
     longest = config.rollout.max_prompt_length + config.rollout.max_response_length
     if context is not None and longest > context:

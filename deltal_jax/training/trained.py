@@ -1,21 +1,28 @@
-"""A finished or running run, opened for use: its newest parameters with all that they need."""
+"""Trained parameters with all that they need: of a finished or running run, or of a checkpoint
+folder under a config."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from deltal_jax.backend import enable_compile_cache
-from deltal_jax.config import load_config
+from deltal_jax.config import ModelConfig, load_config
+from deltal_jax.config.rules import SHAPE
 from deltal_jax.errors import UserError
+from deltal_jax.model import huggingface
 from deltal_jax.model.lora import overlay
 from deltal_jax.training import run_folder
 from deltal_jax.training.checkpoint import Checkpoints, Position, abstract_state
 from deltal_jax.training.setup import (
     Setup,
     abstract_trained,
+    check_context,
+    find_base,
     load_checkpoint,
     make_setup,
     make_update,
@@ -33,22 +40,92 @@ class Trained:
     position: Position
 
 
+#: Which RL steps of a run; None: its newest checkpoint, of whatever phase.
+Steps = Sequence[int] | Literal["all"] | None
+
+
 def load_trained(folder: Path, overrides: dict[str, Any]) -> Trained:
     """The newest checkpoint of a run folder. Raises UserError where there is none."""
+    with contextlib.closing(load_steps(folder, overrides, None)) as found:
+        return next(found)
+
+
+def load_steps(
+    folder: Path, overrides: dict[str, Any], steps: Steps
+) -> Generator[Trained, None, None]:
+    """The checkpoints of a run after these RL steps, one after the other, in one setup.
+
+    Raises UserError for a step that has no checkpoint, or where there is none at all.
+    """
     enable_compile_cache()
     run_folder.load_run_config(folder)
     config = load_config(folder / run_folder.CONFIG, overrides)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep_last)
     try:
-        newest = checkpoints.newest()
-        if newest is None:
-            raise UserError(f"{folder}: no checkpoint yet")
-        position = checkpoints.read_position(newest)
+        numbers = _numbers(folder, checkpoints, steps, config.sft.steps)
         setup = make_setup(config, run_folder.model_files(folder))
-        state = restore_state(checkpoints, newest, setup, position)
+        _check_words(setup, overrides)
+        for number in numbers:
+            position = checkpoints.read_position(number)
+            state = restore_state(checkpoints, number, setup, position)
+            yield Trained(setup, state.params, state.key, position)
     finally:
         checkpoints.close()
-    return Trained(setup, state.params, state.key, position)
+
+
+def load_pretrained(path: str, experiment: str, overrides: dict[str, Any]) -> Trained:
+    """A Hugging Face folder or hub id, as a run of this config would begin with it.
+
+    What the config says of a new model's shape, and of adapters, does not apply.
+    """
+    enable_compile_cache()
+    shapeless = {f"model.{name}": getattr(ModelConfig(), name) for name in SHAPE}
+    config = load_config(
+        experiment, shapeless | {"lora.rank": 0} | overrides | {"model.path": path}
+    )
+    setup = make_setup(config)
+    check_context(config, setup.checkpoint_config)
+    params = huggingface.load_params(
+        find_base(setup), setup.architecture, dtype=jax.numpy.dtype(config.model.compute_dtype)
+    )
+    key = jax.random.split(root_key(config.seed))[1]  # that of a run
+    return Trained(setup, params, key, Position("", 0, 0, 0))
+
+
+def root_key(seed: int) -> jax.Array:
+    """Of a run: split into one for the first parameters, and one for all that is sampled."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+def _numbers(folder: Path, checkpoints: Checkpoints, steps: Steps, warm_up: int) -> list[int]:
+    """The numbers of the checkpoints after these RL steps."""
+    newest, found = checkpoints.newest(), [n - warm_up for n in checkpoints.all()]
+    if newest is None:
+        raise UserError(f"{folder}: no checkpoint yet")
+    if steps is None:
+        return [newest]
+    known = [step for step in found if step >= 0]
+    for step in () if steps == "all" else steps:
+        if step not in known:
+            raise UserError(
+                f"--step: {folder} has no checkpoint after RL step {step}, but after "
+                f"{', '.join(map(str, known)) or 'none'}; checkpoint.keep_last says how many stay"
+            )
+    return [step + warm_up for step in (known if steps == "all" else steps)]
+
+
+def _check_words(setup: Setup, overrides: dict[str, Any]) -> None:
+    """Raises UserError where the task, as it is changed, has words that the run's tokenizer lacks,
+    which would be blamed on a prompt otherwise."""
+    changed = [name for name in overrides if name.split(".")[0] == "task"]
+    for word in (setup.task.vocabulary() if changed else None) or ():
+        try:
+            setup.tokenizer.encode(word)
+        except UserError as error:
+            raise UserError(
+                f"{', '.join(changed)}: the run's tokenizer has no {word!r}, a word of the changed "
+                "task; leave it out, or train a run with it"
+            ) from error
 
 
 def restore_state(
@@ -66,6 +143,6 @@ def like_saved(setup: Setup, phase: str) -> TrainState:
     config = setup.config
     update = make_update(setup, phase)
     reference = phase == "rl" and config.objective.kl_coefficient > 0
-    key = jax.eval_shape(lambda: jax.random.key(config.seed, impl="threefry2x32"))
+    key = jax.eval_shape(lambda: root_key(config.seed))
     init = functools.partial(update.init, reference=reference)
     return abstract_state(init, abstract_trained(setup), key)
