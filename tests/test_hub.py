@@ -6,7 +6,7 @@ import huggingface_hub.constants
 import pytest
 
 from deltal_jax.errors import UserError
-from deltal_jax.model.hub import find_checkpoint, pinned
+from deltal_jax.model.hub import find_checkpoint, is_here, pinned
 from deltal_jax.model.huggingface import read_config
 from tests import fakes
 
@@ -85,3 +85,12 @@ def test_what_can_be_no_path_is_refused_in_one_line(path):
     with pytest.raises(UserError, match=said) as caught:
         find_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_here_needs_no_fetching(cache, tmp_path):
+    assert (
+        is_here(str(tmp_path)) and is_here("some/model-1.5B") and is_here("some/model-1.5B", "v1")
+    )
+    assert (
+        not is_here("some/model-1.5B", "v2") and not is_here("some/other") and not is_here("a\0b")
+    )

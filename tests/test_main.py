@@ -230,7 +230,7 @@ def test_the_effective_formula_names_method_scope_and_constant(deltal, overrides
 
 def test_configs_lists_every_shipped_experiment_with_its_summary(deltal):
     names = list(shipped_configs())
-    assert TINY in names and "paper/math-delta-l" in names
+    assert TINY in names and "paper/countdown-delta-l" in names
     assert not [name for name in names if name.startswith("bases/")]
     code, out, err = deltal("configs")
     assert (code, err) == (0, "")
