@@ -249,7 +249,7 @@ def train_text_tokenizer(texts: list[str], vocab_size: int = 1024) -> SentencePi
     falls back to bytes, and `decode` gives it back character by character."""
     return _train(
         texts,
-        model_type="unigram",
+        model_type="bpe",  # unigram cuts words that few texts have into letters
         vocab_size=vocab_size,
         byte_fallback=True,
         user_defined_symbols=["\n"],
