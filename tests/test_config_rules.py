@@ -6,6 +6,7 @@ from deltal_jax.config import SCOPED, load_config
 from deltal_jax.objective.advantages import ADVANTAGES
 from deltal_jax.objective.aggregation import AGGREGATIONS
 from deltal_jax.objective.correction import CORRECTIONS
+from deltal_jax.tasks.catalog import make_task
 from tests.fakes import config_refusal
 
 TINY = "countdown-tiny"
@@ -43,6 +44,12 @@ TINY = "countdown-tiny"
             "task.overlong_buffer: makes rewards negative, which objective.advantage=max_rl",
         ),
         ({"rollout.fill_up": False}, "rollout.fill_up: set rollout.dynamic_sampling too"),
+        ({"rollout.max_rounds": 3}, "rollout.max_rounds: set rollout.dynamic_sampling too"),
+        ({"task.mixture": {"paths": 1.0}}, "task.mixture: set task.name=mixture, or leave it out"),
+        (
+            {"task.name": "mixture", "task.mixture": {"countdown": 1.0}, "task.paths.nodes": 5},
+            "task.paths.nodes: add paths to task.mixture, or leave it out",
+        ),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(overrides, expected):
@@ -71,6 +78,11 @@ def test_given_numbers_that_the_vocabulary_lacks_are_refused_before_a_run_starts
     assert "task.countdown.max_number" in said
     assert "task.countdown.max_value" in said
     load_config(TINY, {"task.countdown.max_number": 60})
+    text = {"task.countdown.form": "text", "task.countdown.max_value": 9}
+    said = config_refusal(text | {"task.countdown.max_number": 91})
+    assert said == "task.countdown.max_number: 91 is over 10 · task.countdown.max_value=9"
+    task = make_task(load_config(TINY, text | {"task.countdown.max_number": 90}).task)
+    assert all(task.problem(0, position) for position in range(50))
 
 
 SCOPELESS = ["balanced", "local_token_mean", "prompt_mean", "token_sum"]

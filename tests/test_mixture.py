@@ -124,11 +124,11 @@ def test_an_evaluation_has_metrics_of_each_task_and_of_all():
 def test_a_mixture_that_makes_no_sense_is_refused():
     for weights in (None, {"countdown": 0.0}, {"mixture": 1.0}):
         with pytest.raises(UserError, match=r"^task\.mixture: name tasks with their weights"):
-            make_task(load_config("countdown-tiny", TINY | {"task.mixture": weights}).task)
+            load_config("countdown-tiny", TINY | {"task.mixture": weights})
     with pytest.raises(UserError, match=r"^task\.name: 'path' is not one of .*; did you mean"):
         make_task(load_config("countdown-tiny", {"task.name": "path"}).task)
     with pytest.raises(UserError, match=r"^task\.mixture: two of its tasks have one name$"):
         Mixture([(COUNTDOWN, 1.0), (CountDown(numbers=4), 1.0)])
-    assert config_refusal({"task.mixture": {"countdown": -1.0}}) == (
+    assert config_refusal({"task.name": "mixture", "task.mixture": {"countdown": -1.0}}) == (
         "task.mixture.countdown: a weight is not below 0, got -1"
     )

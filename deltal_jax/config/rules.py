@@ -77,14 +77,14 @@ def check(config: Config) -> None:
 
 
 def _check_task(task: TaskConfig) -> None:
+    _check_mixture(task)
     used = {task.name, *(task.mixture or {})}
     for name in SECTIONS:
         section = getattr(task, name)
-        if name in used or task.name == "mixture":
-            continue
-        for field in dataclasses.fields(section):
+        for field in dataclasses.fields(section) if name not in used else ():
             if getattr(section, field.name) != field.default:
-                raise UserError(f"task.{name}.{field.name}: set task.name={name}, or leave it out")
+                missing = f"add {name} to task.mixture" if task.mixture else f"set task.name={name}"
+                raise UserError(f"task.{name}.{field.name}: {missing}, or leave it out")
     _check_countdown(task.countdown)
     paths = task.paths
     most = paths.nodes * (paths.nodes - 1)
@@ -98,9 +98,20 @@ def _check_task(task: TaskConfig) -> None:
             raise UserError(
                 f"task.math.{name}: the task math needs files; `deltal prepare` converts them"
             )
-    for name, weight in (task.mixture or {}).items():
+
+
+def _check_mixture(task: TaskConfig) -> None:
+    weights = task.mixture or {}
+    for name, weight in weights.items():
         if weight < 0:
             raise UserError(f"task.mixture.{name}: a weight is not below 0, got {weight:g}")
+    if task.name != "mixture":
+        if weights:
+            raise UserError("task.mixture: set task.name=mixture, or leave it out")
+    elif not any(weights.values()) or "mixture" in weights:
+        raise UserError(
+            "task.mixture: name tasks with their weights, such as {countdown: 0.7, paths: 0.3}"
+        )
 
 
 def _check_countdown(task: CountDownConfig) -> None:
@@ -114,6 +125,11 @@ def _check_countdown(task: CountDownConfig) -> None:
             f"task.countdown.rows: give two numbers over 0, such as [32768, 1024], got {task.rows}"
         )
     if task.form == "text":
+        if task.max_number > 10 * task.max_value:  # then some numbers can't be joined at all
+            raise UserError(
+                f"task.countdown.max_number: {task.max_number} is over 10 · "
+                f"task.countdown.max_value={task.max_value}"
+            )
         if task.eval is not None and task.train is None:
             raise UserError("task.countdown.eval: set task.countdown.train too, or leave it out")
         return
@@ -133,8 +149,9 @@ def _check_rollout(config: Config) -> None:
         raise UserError(
             f"rollout.slots: {rollout.slots} do not split over rollout.devices={rollout.devices}"
         )
-    if rollout.dynamic_sampling == "none" and not rollout.fill_up:
-        raise UserError("rollout.fill_up: set rollout.dynamic_sampling too, or leave it out")
+    for name in ("fill_up", "max_rounds") if rollout.dynamic_sampling == "none" else ():
+        if getattr(rollout, name) != getattr(RolloutConfig(), name):
+            raise UserError(f"rollout.{name}: set rollout.dynamic_sampling too, or leave it out")
     if rollout.dynamic_sampling != "none" and config.rl.samples_per_prompt == 1:
         raise UserError(
             "rollout.dynamic_sampling: nothing varies in a group of 1; leave it at none, or set "

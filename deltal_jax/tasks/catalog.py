@@ -22,6 +22,8 @@ def make_task(config: TaskConfig) -> Task:
     for name in config.procedural or ():
         if name not in KINDS:
             raise UserError(unknown_name("task.procedural", name, KINDS))
+        if name not in (config.name, *(config.mixture or ())):
+            raise UserError(f"task.procedural.{name}: set task.name={name}, or leave it out")
     return _named(config.name, config)
 
 
@@ -74,12 +76,8 @@ def _paths(config: TaskConfig) -> Task:
 
 
 def _mixture(config: TaskConfig) -> Task:
-    weights = {name: weight for name, weight in (config.mixture or {}).items() if weight > 0}
-    if not weights or "mixture" in weights:
-        raise UserError(
-            "task.mixture: name tasks with their weights, such as {countdown: 0.7, paths: 0.3}"
-        )
-    return Mixture([(_named(name, config), weight) for name, weight in weights.items()])
+    weights = config.mixture or {}  # by the config's rules one is over 0
+    return Mixture([(_named(name, config), weight) for name, weight in weights.items() if weight])
 
 
 #: What `task.name` may name, beside the procedural `KINDS` and file.py:Class.
