@@ -238,6 +238,18 @@ def test_every_changeable_prefix_names_a_field():
         assert any(name.startswith(prefix) for name in names), prefix
 
 
+def test_a_run_that_stopped_for_want_of_groups_may_look_longer_or_fill_up():
+    some = {"rollout.dynamic_sampling": "reward", "rollout.max_rounds": 2}
+    for fill_up in (False, True):
+        options = some | {"rollout.fill_up": fill_up, "run.dir": f"fill-up-{fill_up}"}
+        create_run_folder(load_config("countdown-tiny", options))
+    for changed in ({"rollout.max_rounds": 20}, {"rollout.fill_up": True}):
+        _, found = reopen_run_folder(None, changed, "fill-up-False")
+        assert (found.rollout.max_rounds == 20) != found.rollout.fill_up
+    with pytest.raises(UserError, match=r"^rollout\.max_rounds: the run was started with 2 and"):
+        reopen_run_folder(None, {"rollout.max_rounds": 20}, "fill-up-True")
+
+
 def test_writing_replaces_the_file_as_a_whole_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "config.yaml"
     write_text(path, "old")

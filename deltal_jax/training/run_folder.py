@@ -24,6 +24,8 @@ CHANGEABLE = (
     "run.",
     "task.math.train",  # where it lies; what is in it may not change
     "task.math.eval",
+    "task.math.template",
+    "task.math.workers",
     "task.countdown.train",
     "task.countdown.eval",
     "model.path",
@@ -94,8 +96,11 @@ def reopen_run_folder(
         fixed.append("model.path")
     if stored.rollout.partial:  # how far a response comes in a step depends on them
         fixed += ["rollout.slots", "rollout.devices"]
+    free = CHANGEABLE
+    if not stored.rollout.fill_up:  # a run that stopped for want of groups has no other way on
+        free += ("rollout.fill_up", "rollout.max_rounds")
     for key in before:
-        changeable = key.startswith(CHANGEABLE) and key not in fixed
+        changeable = key.startswith(free) and key not in fixed
         if before[key] != after[key] and not changeable:
             raise UserError(
                 f"{key}: the run was started with {before[key]!r} and cannot go on with "
