@@ -267,6 +267,7 @@ def test_rows_that_are_no_problem_are_dropped_and_said(tmp_path):
         {"nums": [1, -2], "target": 1},
         {"nums": [1, 2], "target": 1.5},
         {"nums": [1, 2], "target": 3, "prompt": 7},
+        {"nums": [1, 2], "target": 3, "prompt": "half a \ud800"},
         {"prompt": [{"role": "user", "content": "a"}], "reward_model": {"ground_truth": "42"}},
         {"nums": [1, 2], "target": 3, "prompt": [{"role": "assistant", "content": "a"}]},
     ]
@@ -274,7 +275,7 @@ def test_rows_that_are_no_problem_are_dropped_and_said(tmp_path):
     path = tmp_path / "rows.jsonl"
     written(path, [*bad, *good])
     path.write_text("no\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
-    task = made(train=str(path), rows=[14, 3])
+    task = made(train=str(path), rows=[15, 3])
     assert isinstance(task, CountDownRows)
     found = task.given
     assert found.dropped.counts == {
@@ -283,14 +284,15 @@ def test_rows_that_are_no_problem_are_dropped_and_said(tmp_path):
         "not two numbers or more": 2,
         "a number or target that is no whole number from 0 to 999,999,999": 5,
         "a prompt that is no text": 1,
+        "text with half a character": 1,
         "no numbers and target": 1,
         "a conversation of several turns": 1,
     }
     assert found.dropped.first["not JSON"] == "row 0: 'no'"
-    assert task.summary.startswith("task: 14 rows to train on, 3 problems held out; dropped: 5 a n")
-    problems = [task.problem(0, at) for at in range(14)]
+    assert task.summary.startswith("task: 15 rows to train on, 3 problems held out; dropped: 5 a n")
+    problems = [task.problem(0, at) for at in range(15)]
     assert {known(p) for p in problems if p} == {((1, 2), 3), ((1, 2, 5), 8)}
-    assert problems.count(None) == 12
+    assert problems.count(None) == 13
 
 
 def test_a_file_that_does_not_do_is_refused_by_name(tmp_path):

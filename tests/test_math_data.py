@@ -148,6 +148,8 @@ def test_answers_become_text(tmp_path, value, expected):
         (ORZ * 2, "a conversation of several turns"),
         ([{"value": "?"}, {"ground_truth": "42"}], "no answer"),
         ([{"value": ""}, ORZ[1]], "no problem"),
+        ({"problem": "a \ud800 b", "answer": "1"}, "text with half a character"),
+        ([{"value": "a"}, {"ground_truth": {"value": "\udfff"}}], "text with half a character"),
         ("text", "neither an object nor a conversation"),
         (None, "neither an object nor a conversation"),
     ],

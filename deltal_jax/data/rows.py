@@ -143,7 +143,7 @@ class ParquetRows(Rows):
         with tempfile.TemporaryFile() as copy:
             try:
                 self._starts = _copy_blocks(path, copy)
-            except pa.ArrowInvalid as error:
+            except pa.ArrowException as error:
                 reason = " ".join(str(error).split())
                 raise UserError(f"{field}: {path} is not Parquet: {reason}") from error
             source = pa.OSFile(os.dup(copy.fileno()))

@@ -15,7 +15,7 @@ from deltal_jax.data.epochs import epochs, order_fingerprint
 from deltal_jax.data.rows import NotJson, Rows, open_rows
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.countdown_problems import identity
-from deltal_jax.tasks.math_data import DropError, Dropped
+from deltal_jax.tasks.math_data import DropError, Dropped, check_text
 
 #: Rows to train on that are looked at before a run begins, to say what is dropped.
 LOOKED_AT = 50_000
@@ -163,4 +163,6 @@ def _messages(value: Any) -> tuple[tuple[str, str], ...]:
         raise DropError("a prompt that is no text")
     if any(role not in ("user", "system") for role, _ in found):
         raise DropError("a conversation of several turns")
-    return tuple((role, str(content)) for role, content in found)
+    messages = tuple((role, str(content)) for role, content in found)
+    check_text("".join(content for _, content in messages))
+    return messages

@@ -100,9 +100,24 @@ def make_example(row: Any, stem: str, number: int) -> Example:
     if isinstance(row, NotJson):
         raise DropError("not JSON")
     if isinstance(row, list):
-        return _conversation(row, stem, number)
-    if not isinstance(row, dict):
+        example = _conversation(row, stem, number)
+    elif isinstance(row, dict):
+        example = _object(row, stem, number)
+    else:
         raise DropError("neither an object nor a conversation")
+    check_text(example.text + example.answer + example.source + example.id)
+    return example
+
+
+def check_text(text: str) -> None:
+    """Raises DropError for half a surrogate pair, which JSON can hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DropError("text with half a character") from None
+
+
+def _object(row: dict, stem: str, number: int) -> Example:
     extra = row.get("extra_info")
     index = extra.get("index") if isinstance(extra, dict) else None
     name = _first(row, _ID)
