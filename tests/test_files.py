@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 
 from deltal_jax import train
-from deltal_jax.config import TaskConfig, load_config
+from deltal_jax.config import Config, TaskConfig, load_config
 from deltal_jax.config.tasks import CountDownConfig, MathConfig
 from deltal_jax.errors import UserError
 from deltal_jax.metrics import load_metrics
 from deltal_jax.tasks.catalog import make_task
 from deltal_jax.tasks.files import absolute, load_object, load_rewards, pin_files
+from deltal_jax.tasks.grading import Reward
 from deltal_jax.training.run import choose_rewards
 from deltal_jax.training.run_folder import load_run_config
 from deltal_jax.training.setup import check_setup, make_setup
@@ -34,6 +35,8 @@ class Echo:
     def problem(self, seed, position):
         return Problem("ab"[position % 2], position)
 
+    held_out = demonstrations = parse_problem = problem
+
     def verify(self, response, answer):
         right = response == "ab"[answer % 2]
         return Verdict(float(right), right, "")
@@ -54,9 +57,7 @@ def test_a_task_is_a_class_in_a_file(file):
     task = make_task(load_config("countdown-tiny", {"task.name": f"{file}:Echo"}).task)
     assert (task.name, task.vocabulary()) == ("echo", ["a", "b"])
     assert (problem := task.problem(0, 1)) and task.verify("b", problem.answer).correct
-    mixed = {"task.name": "mixture", "task.mixture": {"mine.py:Echo": 1.0, "paths": 1.0}}
-    tree = load_config("countdown-tiny", {"task.name": "mixture"})
-    config = dataclasses.replace(tree.task, mixture=mixed["task.mixture"])
+    config = TaskConfig(name="mixture", mixture={"mine.py:Echo": 1.0, "paths": 1.0})
     names = make_task(config).vocabulary()
     assert names is not None
     assert {"a", "b", "a>b"} <= set(names)
@@ -67,12 +68,14 @@ def test_a_task_is_a_class_in_a_file(file):
     [
         ("length", "mine.py:length() fails: TypeError: length() missing 3 required"),
         ("Verdict", "mine.py:Verdict() fails: TypeError: "),
-        ("Half", "mine.py:Half has no verify; see deltal_jax/tasks/base.py"),
+        ("Half", "mine.py:Half has no held_out; see deltal_jax/tasks/base.py"),
+        ("Nameless", "mine.py:Nameless has no name; see deltal_jax/tasks/base.py"),
         ("Loud", "mine.py:Loud() fails: ValueError: two lines"),
     ],
 )
 def test_what_is_no_task_is_refused_in_one_line(file, name, expected):
-    more = "class Half:\n    def problem(self): ...\n"
+    more = "class Nameless: ...\nclass Half:\n    name = 'half'\n"
+    more += "    def vocabulary(self): ...\n    def problem(self): ...\n"
     more += "class Loud:\n    def __init__(self):\n        raise ValueError('two\\nlines')\n"
     file.write_text(SOURCE + more, encoding="utf-8")
     with pytest.raises(UserError) as refused:
@@ -85,6 +88,9 @@ def test_options_of_a_task_that_does_not_exist_are_refused():
     config = TaskConfig(name="gcd", procedural={"gdc": {"max_value": 9}})
     with pytest.raises(UserError, match=r"^task\.procedural: 'gdc' is not one of .* 'gcd'\?$"):
         make_task(config)
+    unused = TaskConfig(name="gcd", procedural={"lcm": {"max_value": 9}})
+    with pytest.raises(UserError, match=r"^task\.procedural\.lcm: set task\.name=lcm, or"):
+        make_task(unused)
 
 
 @pytest.mark.parametrize("weight", ["0.5", "+0.5", ".5", "5e-1", "50E-2"])
@@ -130,9 +136,10 @@ def test_paths_are_whole_in_what_is_saved(file):
     assert (pinned.name, pinned.rewards) == (f"{file}:Echo", ("task", f"{file}:length"))
     assert pin_files(pinned) == pinned
     assert pin_files(TaskConfig()) == TaskConfig()
-    math = MathConfig(train="a.jsonl", eval=("b.jsonl", "/c.jsonl"))
+    math = MathConfig(train="a.jsonl", eval=("b.jsonl", "/c.jsonl"), template="t.txt")
     given = pin_files(TaskConfig(math=math, countdown=CountDownConfig(train="a.jsonl")))
     here = file.parent
+    assert given.math.template == f"{here}/t.txt"
     assert given.math.train == given.countdown.train == f"{here}/a.jsonl"
     assert (given.math.eval, given.countdown.eval) == ((f"{here}/b.jsonl", "/c.jsonl"), None)
     assert load_object(pinned.name, "task.name")().name == "echo"
@@ -154,6 +161,14 @@ def test_a_run_maximises_what_its_config_names_and_resumes_with_it(file, monkeyp
         assert line["reward/mean"] == pytest.approx(whole, rel=1e-5)
     with pytest.raises(UserError, match=r"^rewards: task\.rewards names some, too"):
         choose_rewards(load_run_config(folder), ["task"])
+
+
+def test_a_reward_is_not_called_as_the_punishment_is():
+    config, reward = Config(), Reward(lambda *_: [], name="overlong")
+    assert choose_rewards(config, [reward]) == [reward]
+    task = dataclasses.replace(config.task, overlong_buffer=8)
+    with pytest.raises(UserError, match=r"^rewards: 'overlong' is the punishment's own name"):
+        choose_rewards(dataclasses.replace(config, task=task), [reward])
 
 
 def test_a_setup_whose_rewards_cannot_be_loaded_is_refused(file):

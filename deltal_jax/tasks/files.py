@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from deltal_jax.config import TaskConfig, config_folder
-from deltal_jax.config.tasks import SECTIONS
+from deltal_jax.config.tasks import SECTIONS, MathConfig
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.grading import Reward
+from deltal_jax.tasks.math import TEMPLATES
 
+#: What a run calls, sooner or later: `base.Task`.
+METHODS = ("vocabulary", "problem", "held_out", "demonstrations", "parse_problem", "verify")
 _REWARD = re.compile(
     r"(?:([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*)?([^*]+\.py:\w+)",
     re.ASCII | re.IGNORECASE,
@@ -45,7 +48,7 @@ def pin_files(task: TaskConfig) -> TaskConfig:
         name=absolute(task.name),
         mixture=mixture or None,
         rewards=rewards or None,
-        math=_pin_data(task.math),
+        math=_pin_template(_pin_data(task.math)),
         countdown=_pin_data(task.countdown),
     )
 
@@ -59,6 +62,12 @@ def _pin_data(section: Any) -> Any:
         if value is not None
     }
     return dataclasses.replace(section, **whole)
+
+
+def _pin_template(section: MathConfig) -> MathConfig:
+    if section.template in TEMPLATES:
+        return section
+    return dataclasses.replace(section, template=str(Path(section.template).absolute()))
 
 
 def _whole_path(name: str) -> str:
@@ -98,7 +107,9 @@ def load_task(name: str) -> Any:
         task = found()
     except Exception as error:
         raise UserError(f"task.name: {name}() fails: {_said(error)}") from error
-    for method in ("problem", "verify"):
+    if not isinstance(getattr(task, "name", None), str):
+        raise UserError(f"task.name: {name} has no name; see deltal_jax/tasks/base.py")
+    for method in METHODS:
         if not callable(getattr(task, method, None)):
             raise UserError(f"task.name: {name} has no {method}; see deltal_jax/tasks/base.py")
     return task

@@ -24,7 +24,7 @@ from deltal_jax.tasks.grading import Reward, as_rewards
 from deltal_jax.training import run_folder
 from deltal_jax.training.ahead import Ahead
 from deltal_jax.training.checkpoint import Checkpoints, Position
-from deltal_jax.training.collect import RolloutStream
+from deltal_jax.training.collect import OVERLONG, RolloutStream
 from deltal_jax.training.describe import describe_model, describe_sampling, describe_task, formula
 from deltal_jax.training.evaluate import evaluate, samples_name, write_samples
 from deltal_jax.training.setup import (
@@ -250,12 +250,16 @@ def choose_rewards(
 ) -> Sequence[Reward | str]:
     """Those that a caller gives, or else those that the config names.
 
-    Raises UserError where there are both, or where the config's cannot be loaded.
+    Raises UserError where there are both, where the config's cannot be loaded, or for a name that
+    the metrics have already.
     """
     if rewards is None:
-        return as_rewards(load_rewards(config.task.rewards))
-    if config.task.rewards is not None:
+        rewards = as_rewards(load_rewards(config.task.rewards))
+    elif config.task.rewards is not None:
         raise UserError("rewards: task.rewards names some, too; leave out one of the two")
+    names = [reward.name for reward in rewards if isinstance(reward, Reward)]
+    if config.task.overlong_buffer is not None and OVERLONG in names:
+        raise UserError(f"rewards: {OVERLONG!r} is the punishment's own name; choose another")
     return rewards
 
 
