@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from deltal_jax.tasks.base import Verdict
-from deltal_jax.tasks.countdown_rules import GRAMMARS
-from deltal_jax.tasks.countdown_text import CountDownText
+from deltal_jax.tasks.countdown.rules import GRAMMARS
+from deltal_jax.tasks.countdown.text import CountDownText
 
 TABLE = Path(__file__).parent / "data" / "countdown_answers.tsv"
 

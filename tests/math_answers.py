@@ -5,7 +5,7 @@ import csv
 import dataclasses
 from pathlib import Path
 
-from deltal_jax.tasks.math_rules import WARM_UP, judge
+from deltal_jax.tasks.math.rules import WARM_UP, judge
 from deltal_jax.tasks.workers import Limits, Workers
 
 TABLE = Path(__file__).parent / "data" / "math_answers.tsv"

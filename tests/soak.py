@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 from deltal_jax.tasks.base import Problem, Task
-from deltal_jax.tasks.countdown import CountDown
-from deltal_jax.tasks.countdown_rules import GRAMMARS
-from deltal_jax.tasks.countdown_text import CountDownText
-from deltal_jax.tasks.math_rules import WARM_UP, judge
+from deltal_jax.tasks.countdown.rules import GRAMMARS
+from deltal_jax.tasks.countdown.text import CountDownText
+from deltal_jax.tasks.countdown.trace import CountDown
+from deltal_jax.tasks.math.rules import WARM_UP, judge
 from deltal_jax.tasks.paths import Paths
 from deltal_jax.tasks.procedural import KINDS
 from deltal_jax.tasks.procedural.generated import Generated

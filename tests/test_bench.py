@@ -22,7 +22,7 @@ from deltal_jax.errors import UserError
 from deltal_jax.model.attention import attend_rows
 from deltal_jax.model.huggingface import load_architecture, load_params
 from deltal_jax.model.transformer import abstract_params
-from deltal_jax.tasks.math_rules import judge
+from deltal_jax.tasks.math.rules import judge
 from tests import fakes
 
 SHARED = Path(__file__).parents[2] / "shared" / "bench"

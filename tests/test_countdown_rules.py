@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from deltal_jax.tasks.countdown_rules import (
+from deltal_jax.tasks.countdown.rules import (
     CLOSE,
     GRAMMARS,
     MAX_SYMBOLS,

@@ -13,10 +13,10 @@ from deltal_jax.data.prompts import prompt_ids, train_tokenizer
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.base import files_of
 from deltal_jax.tasks.catalog import make_task
-from deltal_jax.tasks.countdown import CountDown
-from deltal_jax.tasks.countdown_problems import identity
-from deltal_jax.tasks.countdown_rules import TURN, find_on_last_line, judge_reference, judge_strict
-from deltal_jax.tasks.countdown_text import CountDownRows, CountDownText
+from deltal_jax.tasks.countdown.problems import identity
+from deltal_jax.tasks.countdown.rules import TURN, find_on_last_line, judge_reference, judge_strict
+from deltal_jax.tasks.countdown.text import CountDownRows, CountDownText
+from deltal_jax.tasks.countdown.trace import CountDown
 from tests.fakes import config_refusal
 
 PAPER = {

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.base import Problem, Verdict
-from deltal_jax.tasks.countdown import CountDown
+from deltal_jax.tasks.countdown.trace import CountDown
 from deltal_jax.tasks.grading import Reward, as_rewards, grade
 
 TASK = CountDown()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltal_jax.tasks.latex_values import (
+from deltal_jax.tasks.math.latex_values import (
     MAX_LENGTH,
     ParseError,
     TooLargeError,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltal_jax.errors import UserError
-from deltal_jax.tasks.math_data import Example, read_examples
+from deltal_jax.tasks.math.data import Example, read_examples
 
 PROBLEM = "What is $6 \\cdot 7$?"
 ORZ = [

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltal_jax.tasks import math_rules
-from deltal_jax.tasks.math_rules import REFERENCE_LENGTH, boxed, hendrycks, judge, minerva
+from deltal_jax.tasks.math import rules as math_rules
+from deltal_jax.tasks.math.rules import REFERENCE_LENGTH, boxed, hendrycks, judge, minerva
 from tests.math_answers import VERIFIERS, agreement, judgements, read_table
 
 BOTH = pytest.mark.parametrize("verifier", VERIFIERS)

@@ -12,7 +12,7 @@ import pytest
 from deltal_jax.config import load_config
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.catalog import make_task
-from deltal_jax.tasks.countdown import CountDown
+from deltal_jax.tasks.countdown.trace import CountDown
 from deltal_jax.tasks.grading import Reward, grade
 from deltal_jax.tasks.mixture import Mixture
 from deltal_jax.tasks.paths import Paths

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from deltal_jax.cli.main import main
-from deltal_jax.tasks import countdown_data
-from deltal_jax.tasks.math_data import read_examples
+from deltal_jax.tasks.countdown import data as countdown_data
+from deltal_jax.tasks.math.data import read_examples
 from tests.test_math_data import AMC, GSM8K, ORZ, VERL, written
 
 

@@ -24,7 +24,7 @@ from deltal_jax.data.tokenizer import (
     train_word_tokenizer,
 )
 from deltal_jax.errors import UserError
-from deltal_jax.tasks.countdown import CountDown
+from deltal_jax.tasks.countdown.trace import CountDown
 from tests.small_tokenizers import (
     FAMILIES,
     GEMMA,

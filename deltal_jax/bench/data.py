@@ -16,7 +16,7 @@ from deltal_jax.bench.loading import plain_read
 from deltal_jax.data.prompts import draw_prompts
 from deltal_jax.data.tokenizer import train_text_tokenizer
 from deltal_jax.errors import UserError
-from deltal_jax.tasks.math import Math
+from deltal_jax.tasks.math.task import Math
 
 ROWS = 1_000_000
 #: Prompts of the first batch, with which a start ends, and of those after it.

@@ -17,8 +17,8 @@ import jax
 from deltal_jax.bench.measure import Timing, ratio
 from deltal_jax.config import load_config
 from deltal_jax.tasks.base import Verdict
-from deltal_jax.tasks.countdown import CountDown
-from deltal_jax.tasks.math_rules import WARM_UP, judge
+from deltal_jax.tasks.countdown.trace import CountDown
+from deltal_jax.tasks.math.rules import WARM_UP, judge
 from deltal_jax.tasks.workers import Outcome, Workers
 from deltal_jax.training.collect import RolloutStream
 from deltal_jax.training.setup import init_params, make_engine, make_setup

@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert; the exit code."""
-    from deltal_jax.data.rows import open_rows
-    from deltal_jax.tasks import countdown_data, math_data
+    from deltal_jax.data.rows import Dropped, open_rows
+    from deltal_jax.tasks.countdown import data as countdown_data
+    from deltal_jax.tasks.math import data as math_data
 
     target = Path(arguments.target)
     if target.suffix != ".jsonl":
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     if target.exists():
         raise UserError(f"--to: {target} exists; name a new file")
     data = countdown_data if arguments.task == "countdown" else math_data
-    rows, dropped = open_rows(Path(arguments.source), "--from"), math_data.Dropped()
+    rows, dropped = open_rows(Path(arguments.source), "--from"), Dropped()
     count = 0
     # Under another name until it is whole.
     partial = target.with_name(f".{target.name}.{os.getpid()}")

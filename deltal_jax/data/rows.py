@@ -8,6 +8,8 @@ file's size.
 """
 
 import abc
+import collections
+import dataclasses
 import functools
 import hashlib
 import json
@@ -33,6 +35,30 @@ _SPACES = np.frombuffer(b" \t\r\v\f", np.uint8)
 
 class NotJson(str):
     """A line that is none."""
+
+
+@dataclasses.dataclass
+class Dropped:
+    """Rows that are no problem: how many by reason, and the first of each."""
+
+    counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    first: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, reason: str, row: Any, number: int) -> None:
+        self.counts[reason] += 1
+        self.first.setdefault(reason, f"row {number}: {' '.join(repr(row).split())[:120]}")
+
+
+class DropError(Exception):
+    """Why a row is no problem."""
+
+
+def check_text(text: str) -> None:
+    """Raises DropError for half a surrogate pair, which JSON can hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DropError("text with half a character") from None
 
 
 class Rows(Sequence[Any], abc.ABC):

@@ -6,11 +6,11 @@ from deltal_jax.config import TaskConfig
 from deltal_jax.errors import UserError
 from deltal_jax.objective.names import unknown_name
 from deltal_jax.tasks.base import Task
-from deltal_jax.tasks.countdown import CountDown
-from deltal_jax.tasks.countdown_data import Given
-from deltal_jax.tasks.countdown_text import CountDownRows, CountDownText
+from deltal_jax.tasks.countdown.data import Given
+from deltal_jax.tasks.countdown.text import CountDownRows, CountDownText
+from deltal_jax.tasks.countdown.trace import CountDown
 from deltal_jax.tasks.files import find_data, load_task
-from deltal_jax.tasks.math import Math
+from deltal_jax.tasks.math.task import Math
 from deltal_jax.tasks.mixture import Mixture
 from deltal_jax.tasks.paths import Paths
 from deltal_jax.tasks.procedural import KINDS

@@ -12,7 +12,7 @@ from deltal_jax.config import TaskConfig, config_folder
 from deltal_jax.config.tasks import SECTIONS, MathConfig
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.grading import Reward
-from deltal_jax.tasks.math import TEMPLATES
+from deltal_jax.tasks.math.task import TEMPLATES
 
 #: What a run calls, sooner or later: `base.Task`.
 METHODS = ("vocabulary", "problem", "held_out", "demonstrations", "parse_problem", "verify")

@@ -2,7 +2,7 @@
 
 import re
 
-from deltal_jax.tasks.countdown_rules import ParseError, parse
+from deltal_jax.tasks.countdown.rules import ParseError, parse
 from deltal_jax.tasks.procedural.logic import is_latin, keeps_clues
 from deltal_jax.tasks.procedural.reading import Kind, Wrong, given, grid, shaped
 

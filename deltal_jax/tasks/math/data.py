@@ -11,15 +11,14 @@ MATH500, AIME24, AMC, Minerva, and ours
 MATH             {"problem": …, "solution": "… \boxed{42} …"}
 """
 
-import collections
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deltal_jax.data.rows import NotJson, Rows, open_rows
+from deltal_jax.data.rows import DropError, Dropped, NotJson, Rows, check_text, open_rows
 from deltal_jax.errors import UserError
-from deltal_jax.tasks.math_rules import MAX_ANSWER_LENGTH, boxed
+from deltal_jax.tasks.math.rules import MAX_ANSWER_LENGTH, boxed
 
 _PROBLEM = ("problem", "Problem", "question", "Question", "prompt")
 _ANSWER = ("answer", "Answer", "final_answer")
@@ -47,22 +46,6 @@ class Example:
             turns = [{"role": role, "content": content} for role, content in self.messages]
             return {"prompt": turns} | known
         return {"prompt" if self.complete else "problem": self.text} | known
-
-
-@dataclasses.dataclass
-class Dropped:
-    """Rows that are no problem: how many by reason, and the first of each."""
-
-    counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    first: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def add(self, reason: str, row: Any, number: int) -> None:
-        self.counts[reason] += 1
-        self.first.setdefault(reason, f"row {number}: {' '.join(repr(row).split())[:120]}")
-
-
-class DropError(Exception):
-    """Why a row is no problem."""
 
 
 def read_examples(path: Path, field: str) -> tuple[list[Example], Dropped]:
@@ -107,14 +90,6 @@ def make_example(row: Any, stem: str, number: int) -> Example:
         raise DropError("neither an object nor a conversation")
     check_text(example.text + example.answer + example.source + example.id)
     return example
-
-
-def check_text(text: str) -> None:
-    """Raises DropError for half a surrogate pair, which JSON can hold and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DropError("text with half a character") from None
 
 
 def _object(row: dict, stem: str, number: int) -> Example:

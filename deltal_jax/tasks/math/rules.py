@@ -14,7 +14,7 @@ import re
 from fractions import Fraction
 from typing import Any, Literal, cast
 
-from deltal_jax.tasks import latex_values
+from deltal_jax.tasks.math import latex_values
 
 Kind = Literal["correct", "wrong", "unparsed"]
 Judgement = tuple[Kind, str, str]

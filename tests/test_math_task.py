@@ -11,9 +11,9 @@ from deltal_jax import train
 from deltal_jax.data.prompts import problems_at
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.base import Problem, VerifiesBatches
-from deltal_jax.tasks.countdown import CountDown
+from deltal_jax.tasks.countdown.trace import CountDown
 from deltal_jax.tasks.grading import MISSING, Reward, grade
-from deltal_jax.tasks.math import MAX_RESPONSE, TEMPLATES, Math
+from deltal_jax.tasks.math.task import MAX_RESPONSE, TEMPLATES, Math
 from deltal_jax.tasks.workers import Limits
 from deltal_jax.training.groups import missing_metrics
 from tests.hostile import GOLD, hostile
@@ -133,7 +133,7 @@ def test_a_parquet_file_of_verl_is_trained_on_as_it_is(files, tmp_path):
 
 
 def test_of_a_large_file_the_first_rows_are_looked_at(files, tmp_path, monkeypatch):
-    monkeypatch.setattr("deltal_jax.tasks.math.LOOKED_AT", 20)
+    monkeypatch.setattr("deltal_jax.tasks.math.task.LOOKED_AT", 20)
     none = [{"problem": "?"}] * 5
     task = Math(file(tmp_path, "large.jsonl", [*none, *sums(50)]), files[1], verifier="reference")
     assert task.summary == (

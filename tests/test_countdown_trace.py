@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltal_jax.errors import UserError
-from deltal_jax.tasks.countdown import CountDown
-from deltal_jax.tasks.countdown_rules import (
+from deltal_jax.tasks.countdown.rules import (
     MAX_ANSWER_LENGTH,
     MAX_DEPTH,
     ParseError,
     parse,
 )
+from deltal_jax.tasks.countdown.trace import CountDown
 
 TASK = CountDown()
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}

@@ -5,7 +5,7 @@
 
 A response is a trace of tries and then an answer. After each try the trace says how its value
 compares with the target: `<` too low, `>` too high, `ok` a hit. The verifier looks at the answer
-alone. `countdown_text.py` is the full-size task.
+alone. `text.py` is the full-size task.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.base import Problem, Verdict
-from deltal_jax.tasks.countdown_problems import Expression, Generator, read_problem
-from deltal_jax.tasks.countdown_rules import find_last, judge_strict
+from deltal_jax.tasks.countdown.problems import Expression, Generator, read_problem
+from deltal_jax.tasks.countdown.rules import find_last, judge_strict
 
 
 @dataclasses.dataclass(frozen=True)

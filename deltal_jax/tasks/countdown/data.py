@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from deltal_jax.data.epochs import epochs, order_fingerprint
-from deltal_jax.data.rows import NotJson, Rows, open_rows
+from deltal_jax.data.rows import DropError, Dropped, NotJson, Rows, check_text, open_rows
 from deltal_jax.errors import UserError
-from deltal_jax.tasks.countdown_problems import identity
-from deltal_jax.tasks.math_data import DropError, Dropped, check_text
+from deltal_jax.tasks.countdown.problems import identity
 
 #: Rows to train on that are looked at before a run begins, to say what is dropped.
 LOOKED_AT = 50_000

@@ -14,9 +14,9 @@ import random
 from collections.abc import Iterator
 
 from deltal_jax.tasks.base import Problem, Verdict
-from deltal_jax.tasks.countdown_data import Example, Given
-from deltal_jax.tasks.countdown_problems import Expression, Generator, identity, read_problem
-from deltal_jax.tasks.countdown_rules import GRAMMARS, TURN
+from deltal_jax.tasks.countdown.data import Example, Given
+from deltal_jax.tasks.countdown.problems import Expression, Generator, identity, read_problem
+from deltal_jax.tasks.countdown.rules import GRAMMARS, TURN
 
 PROMPT = (
     "User and Assistant talk. User poses a task; Assistant first thinks about it, and then "
@@ -33,7 +33,7 @@ PROMPT = (
 class CountDownText(Generator):
     """The `Generator`'s problems: values on the way are whole and in 0..10·`max_value`.
 
-    `grammar` is one of `countdown_rules.GRAMMARS`.
+    `grammar` is one of `rules.GRAMMARS`.
     """
 
     #: A product and a quotient are tried twice as often: most of their values are dropped.

@@ -12,18 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from deltal_jax.data.epochs import epochs, order_fingerprint
-from deltal_jax.data.rows import open_rows
+from deltal_jax.data.rows import DropError, Dropped, open_rows
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.base import Missing, Problem, Verdict
-from deltal_jax.tasks.math_data import (
-    DropError,
-    Dropped,
-    Example,
-    make_example,
-    nothing_in,
-    stream_examples,
-)
-from deltal_jax.tasks.math_rules import WARM_UP
+from deltal_jax.tasks.math.data import Example, make_example, nothing_in, stream_examples
+from deltal_jax.tasks.math.rules import WARM_UP
 from deltal_jax.tasks.workers import Limits, Outcome, Workers
 
 #: Characters of a response, from its end, that are judged.
@@ -59,7 +52,7 @@ class Math:
 
     Of the former, which may be large, a row is read when its turn comes; the latter are held in
     memory. A problem of an evaluation file is never trained on. `verifier` is a rule of
-    `math_rules.py`.
+    `rules.py`.
     """
 
     name = "math"
@@ -202,7 +195,7 @@ class Math:
         with self._lock:
             if self._workers is None:
                 self._workers = Workers(
-                    "deltal_jax.tasks.math_rules:judge",
+                    "deltal_jax.tasks.math.rules:judge",
                     self._count,
                     limits=self._limits,
                     warm_up=[(self.verifier, *call) for call in WARM_UP],

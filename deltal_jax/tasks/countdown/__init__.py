@@ -1,0 +1,1 @@
+"""CountDown: reach a target from numbers, each used exactly once."""

@@ -1,0 +1,1 @@
+"""Mathematics. Workers import this package: nothing heavy is imported here."""
