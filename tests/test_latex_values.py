@@ -8,14 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltal_jax.tasks.math.latex_values import (
-    MAX_LENGTH,
-    ParseError,
-    TooLargeError,
-    evaluate,
-    parse,
-    same_value,
-)
+from deltal_jax.tasks.math.latex_grammar import MAX_LENGTH, ParseError, parse
+from deltal_jax.tasks.math.latex_values import TooLargeError, evaluate, same_value
 
 EQUAL = [
     (r"\frac{2}{4}", "0.5"),

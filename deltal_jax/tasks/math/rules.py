@@ -14,7 +14,7 @@ import re
 from fractions import Fraction
 from typing import Any, Literal, cast
 
-from deltal_jax.tasks.math import latex_values
+from deltal_jax.tasks.math import latex_grammar, latex_values
 
 Kind = Literal["correct", "wrong", "unparsed"]
 Judgement = tuple[Kind, str, str]
@@ -100,7 +100,7 @@ def judge_by_math_verify(response: str, gold: str) -> Judgement:
         return "correct", "equal text", said
     if len(answer) > MAX_ANSWER_LENGTH:
         return "unparsed", "too long", said
-    verdict, why = _compare(_TRAILING.sub("", latex_values.spelled(answer)), gold)
+    verdict, why = _compare(_TRAILING.sub("", latex_grammar.spelled(answer)), gold)
     return verdict, why, said
 
 
@@ -181,8 +181,8 @@ def _is_too_large(text: str) -> bool:
     """Whether it is an expression of a value that is too large; brackets may be left open."""
     for form in (text, text.lstrip("([ ").rstrip(")] ")):
         try:
-            node = latex_values.parse(form)
-            latex_values.evaluate(node, dict.fromkeys(latex_values.letters(node), Fraction(2)))
+            node = latex_grammar.parse(form)
+            latex_values.evaluate(node, dict.fromkeys(latex_grammar.letters(node), Fraction(2)))
         except latex_values.TooLargeError:
             return True
         except ValueError:
