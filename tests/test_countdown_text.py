@@ -227,7 +227,7 @@ def test_the_first_rows_are_trained_on_and_the_next_are_held_out(tmp_path, name,
         assert problem.messages == (("user", problem.prompt),)
     else:
         assert problem == task.parse_problem(f"{target - 7} 5 2 -> {target}")
-    assert task.summary == "task: 30 rows to train on, 6 problems held out"
+    assert task.summary == "task: 30 problems to train on, 6 held out"
     assert task.rows() == 30
     assert list(task.fingerprint()) == ["task.countdown.train", "order"]
     assert task.fingerprint() == made(train=path, rows=[30, 6]).fingerprint()
@@ -244,7 +244,7 @@ def test_a_file_of_its_own_may_be_held_out_and_is_never_trained_on(tmp_path):
     assert problems.count(None) == 3
     assert {p.answer["target"] for p in problems if p} == set(range(11, 38))
     assert task.summary == (
-        "task: 30 rows to train on, 4 problems held out; dropped: 3 also held out"
+        "task: 27 problems to train on, 4 held out; dropped: 3 also held out"
     )
     shown = itertools.islice(task.demonstrations(0), 20)
     assert all(prompt.endswith("<think>") for prompt, _ in shown)
@@ -278,7 +278,7 @@ def test_rows_that_are_no_problem_are_dropped_and_said(tmp_path):
     task = made(train=str(path), rows=[15, 3])
     assert isinstance(task, CountDownRows)
     found = task.given
-    assert found.dropped.counts == {
+    assert found.train.dropped.counts == {
         "not JSON": 1,
         "not an object": 1,
         "not two numbers or more": 2,
@@ -288,8 +288,8 @@ def test_rows_that_are_no_problem_are_dropped_and_said(tmp_path):
         "no numbers and target": 1,
         "a conversation of several turns": 1,
     }
-    assert found.dropped.first["not JSON"] == "row 0: 'no'"
-    assert task.summary.startswith("task: 15 rows to train on, 3 problems held out; dropped: 5 a n")
+    assert found.train.dropped.first["not JSON"] == "row 0: 'no'"
+    assert task.summary.startswith("task: 2 problems to train on, 3 held out; dropped: 5 a n")
     problems = [task.problem(0, at) for at in range(15)]
     assert {known(p) for p in problems if p} == {((1, 2), 3), ((1, 2, 5), 8)}
     assert problems.count(None) == 13
@@ -305,7 +305,7 @@ def test_a_file_that_does_not_do_is_refused_by_name(tmp_path):
         made(train=str(tmp_path / "none.jsonl"))
     with pytest.raises(UserError, match=r"^task.countdown.eval: .*none.json can't be read"):
         made(train=few, eval=str(tmp_path / "none.json"))
-    with pytest.raises(UserError, match=r"^task.countdown.train: .*no problem to train on"):
+    with pytest.raises(UserError, match=r"^task.countdown.train: .* no problem .*\(also held out: 40\)"):
         made(train=few, eval=few)
 
 

@@ -133,7 +133,7 @@ def test_a_parquet_file_of_verl_is_trained_on_as_it_is(files, tmp_path):
 
 
 def test_of_a_large_file_the_first_rows_are_looked_at(files, tmp_path, monkeypatch):
-    monkeypatch.setattr("deltal_jax.tasks.math.task.LOOKED_AT", 20)
+    monkeypatch.setattr("deltal_jax.data.training_rows.LOOKED_AT", 20)
     none = [{"problem": "?"}] * 5
     task = Math(file(tmp_path, "large.jsonl", [*none, *sums(50)]), files[1], verifier="reference")
     assert task.summary == (
@@ -278,7 +278,7 @@ def test_a_template_without_a_place_and_a_training_file_that_is_held_out_are_ref
     bad.write_text("no place", encoding="utf-8")
     with pytest.raises(UserError, match=r"^task\.math\.template: .* lacks \{problem\}"):
         Math(*files, template=str(bad))
-    with pytest.raises(UserError, match=r"^task\.math\.train: all its problems"):
+    with pytest.raises(UserError, match=r"^task\.math\.train: .*\(also in an evaluation file: "):
         Math(files[1][0], files[1])
 
 

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert; the exit code."""
-    from deltal_jax.data.rows import Dropped, open_rows
+    from deltal_jax.data.rows import Dropped, examples, nothing_in, open_rows
     from deltal_jax.tasks.countdown import data as countdown_data
     from deltal_jax.tasks.math import data as math_data
 
@@ -48,9 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with partial.open("x", encoding="utf-8") as file:
-            for example in data.stream_examples(rows, dropped, "--from"):
+            for example in examples(rows, data.maker(rows), dropped):
                 file.write(json.dumps(example.row() | {"source": arguments.name}) + "\n")
                 count += 1
+        if not count:
+            raise nothing_in(rows.path, dropped, "--from")
         partial.rename(target)
     except OSError as error:
         raise UserError(f"--to: {error}") from error

@@ -17,14 +17,15 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Any, TypeVar, overload
 
 import numpy as np
 
 from deltal_jax.errors import UserError
 
+Example = TypeVar("Example")
 #: Bytes that are searched for line ends at once.
 CHUNK = 1 << 22
 #: Rows of a Parquet file's copy that are read together, at most.
@@ -51,6 +52,12 @@ class Dropped:
 
 class DropError(Exception):
     """Why a row is no problem."""
+
+
+def nothing_in(path: Path, dropped: Dropped, field: str) -> UserError:
+    """What to say of a file, which this field named, without problems."""
+    why = ", ".join(f"{reason}: {count}" for reason, count in dropped.counts.items())
+    return UserError(f"{field}: {path} has no problem with an answer ({why or 'it is empty'})")
 
 
 def check_text(text: str) -> None:
@@ -91,6 +98,22 @@ class Rows(Sequence[Any], abc.ABC):
     @abc.abstractmethod
     def _read(self, number: int) -> Any:
         """One row, 0 ≤ number < len."""
+
+
+def examples(
+    rows: Rows,
+    make: Callable[[Any, int], Example],
+    dropped: Dropped,
+    numbers: range | None = None,
+) -> Iterator[Example]:
+    """What `make(row, number)` makes of the rows, or of those with these numbers; where it raises
+    DropError, `dropped` grows."""
+    for number in range(len(rows)) if numbers is None else numbers:
+        row = rows[number]
+        try:
+            yield make(row, number)
+        except DropError as reason:
+            dropped.add(str(reason), row, number)
 
 
 def open_rows(path: Path, field: str) -> Rows:

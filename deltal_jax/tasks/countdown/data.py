@@ -7,17 +7,15 @@ verl                             {"prompt": [{"role": "user", "content": …}], 
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deltal_jax.data.epochs import epochs, order_fingerprint
-from deltal_jax.data.rows import DropError, Dropped, NotJson, Rows, check_text, open_rows
+from deltal_jax.data.rows import DropError, Dropped, NotJson, Rows, check_text, examples, open_rows
+from deltal_jax.data.training_rows import TrainingRows
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.countdown.problems import identity
 
-#: Rows to train on that are looked at before a run begins, to say what is dropped.
-LOOKED_AT = 50_000
 _HELD_OUT = "also held out"
 
 
@@ -45,84 +43,42 @@ class Given:
     """
 
     def __init__(self, train: Path, train_rows: int, held_out_rows: int, held_out: Path | None):
-        field = "task.countdown.train"
-        self._train = kept = open_rows(train, field)
-        self.count, start = min(train_rows, len(kept)), train_rows
+        field, start = "task.countdown.train", train_rows
+        rows = kept = open_rows(train, field)
         if held_out is not None:
             field, start = "task.countdown.eval", 0
             kept = open_rows(held_out, field)
-        self._files = {"task.countdown.train": self._train, field: kept}
-        self.dropped = Dropped()
-        self.held_out = list(_examples(kept, start, held_out_rows, self.dropped))
+        self._files = {"task.countdown.train": rows, field: kept}
+        numbers = range(start, min(start + held_out_rows, len(kept)))
+        self.held_out = list(examples(kept, maker(kept), Dropped(), numbers))
         if not self.held_out:
             where = f" after its first {start:,} rows; lower task.countdown.rows, or set "
             where = f"{where}task.countdown.eval" if start else ""
             raise UserError(f"{field}: {kept.path} has no problem to evaluate on{where}")
         self.known = frozenset(identity(x.numbers, x.target) for x in self.held_out)
-        self._streams: dict[int, Sequence[Example | None]] = {}
-        usable = 0
-        for number in range(min(self.count, LOOKED_AT)):
-            try:
-                self._usable(number)
-                usable += 1
-            except DropError as reason:
-                self.dropped.add(str(reason), self._train[number], number)
-        if not usable:
-            raise UserError(f"task.countdown.train: {train} has no problem to train on")
+        self.train = TrainingRows(rows, self._make, "task.countdown.train", count=train_rows)
 
     @property
     def summary(self) -> str:
         """How many problems there are, and what of the rows is dropped."""
-        reasons = [f"{count:,} {reason}" for reason, count in self.dropped.counts.most_common()]
-        said = f"task: {self.count:,} rows to train on, {len(self.held_out):,} problems held out"
-        return f"{said}; dropped: {', '.join(reasons)}" if reasons else said
+        return self.train.summary(len(self.held_out))
 
     def fingerprint(self) -> dict[str, str]:
         """What the problems and their order depend on beside the config."""
         files = {field: rows.fingerprint for field, rows in self._files.items()}
-        return files | {"order": order_fingerprint(self.count)}
+        return files | {"order": self.train.order}
 
-    def at(self, seed: int, position: int) -> Example | None:
-        """Every row once an epoch, in an order of the seed and the epoch; None where it is no
-        problem to train on."""
-        if seed not in self._streams:
-            self._streams[seed] = epochs(self.count, seed, self._read)
-        return self._streams[seed][position]
-
-    def _read(self, number: int) -> Example | None:
-        try:
-            return self._usable(number)
-        except DropError:
-            return None
-
-    def _usable(self, number: int) -> Example:
+    def _make(self, row: Any, _: int) -> Example:
         """The problem of a row to train on. Raises DropError where there is none."""
-        example = make_example(self._train[number])
+        example = make_example(row)
         if identity(example.numbers, example.target) in self.known:
             raise DropError(_HELD_OUT)
         return example
 
 
-def stream_examples(rows: Rows, dropped: Dropped, field: str) -> Iterator[Example]:
-    """The problems of all rows one by one; `dropped` grows on the way.
-
-    Raises UserError, naming the `field` that said so, where there is none.
-    """
-    found = False
-    for example in _examples(rows, 0, len(rows), dropped):
-        found = True
-        yield example
-    if not found:
-        raise UserError(f"{field}: {rows.path} has no problem of CountDown")
-
-
-def _examples(rows: Rows, start: int, count: int, dropped: Dropped) -> Iterator[Example]:
-    for number in range(start, min(start + count, len(rows))):
-        row = rows[number]
-        try:
-            yield make_example(row)
-        except DropError as reason:
-            dropped.add(str(reason), row, number)
+def maker(_: Rows) -> Callable[[Any, int], Example]:
+    """`make_example` of the rows of a file."""
+    return lambda row, _: make_example(row)
 
 
 def make_example(row: Any) -> Example:

@@ -88,13 +88,13 @@ class CountDownRows(CountDownText):
         return self.given.summary
 
     def rows(self) -> int:
-        return self.given.count
+        return self.given.train.count
 
     def fingerprint(self) -> dict[str, str]:
         return self.given.fingerprint()
 
     def problem(self, seed: int, position: int) -> Problem | None:
-        example = self.given.at(seed, position)
+        example = self.given.train.at(seed, position)
         return None if example is None else self._problem_of(example)
 
     def held_out(self, count: int) -> list[Problem]:

@@ -12,12 +12,20 @@ MATH             {"problem": …, "solution": "… \boxed{42} …"}
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deltal_jax.data.rows import DropError, Dropped, NotJson, Rows, check_text, open_rows
-from deltal_jax.errors import UserError
+from deltal_jax.data.rows import (
+    DropError,
+    Dropped,
+    NotJson,
+    Rows,
+    check_text,
+    examples,
+    nothing_in,
+    open_rows,
+)
 from deltal_jax.tasks.math.rules import MAX_ANSWER_LENGTH, boxed
 
 _PROBLEM = ("problem", "Problem", "question", "Question", "prompt")
@@ -53,29 +61,16 @@ def read_examples(path: Path, field: str) -> tuple[list[Example], Dropped]:
 
     Raises UserError, naming the `field` that said so, where the file can't be read or has none.
     """
-    dropped = Dropped()
-    return list(stream_examples(open_rows(path, field), dropped, field)), dropped
-
-
-def stream_examples(rows: Rows, dropped: Dropped, field: str) -> Iterator[Example]:
-    """The same one by one; `dropped` grows on the way."""
-    found = False
-    for number, row in enumerate(rows):
-        try:
-            example = make_example(row, rows.path.stem, number)
-        except DropError as reason:
-            dropped.add(str(reason), row, number)
-            continue
-        found = True
-        yield example
+    rows, dropped = open_rows(path, field), Dropped()
+    found = list(examples(rows, maker(rows), dropped))
     if not found:
-        raise UserError(nothing_in(rows.path, dropped, field))
+        raise nothing_in(path, dropped, field)
+    return found, dropped
 
 
-def nothing_in(path: Path, dropped: Dropped, field: str) -> str:
-    """What to say of a file without problems."""
-    why = ", ".join(f"{reason}: {count}" for reason, count in dropped.counts.items())
-    return f"{field}: {path} has no problem with an answer ({why or 'it is empty'})"
+def maker(rows: Rows) -> Callable[[Any, int], Example]:
+    """`make_example` of the rows of this file, whose name is the source of those that have none."""
+    return lambda row, number: make_example(row, rows.path.stem, number)
 
 
 def make_example(row: Any, stem: str, number: int) -> Example:

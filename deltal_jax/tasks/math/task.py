@@ -11,18 +11,16 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from deltal_jax.data.epochs import epochs, order_fingerprint
-from deltal_jax.data.rows import DropError, Dropped, open_rows
+from deltal_jax.data.rows import DropError, open_rows
+from deltal_jax.data.training_rows import TrainingRows
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.base import Missing, Problem, Verdict
-from deltal_jax.tasks.math.data import Example, make_example, nothing_in, stream_examples
+from deltal_jax.tasks.math.data import Example, make_example, read_examples
 from deltal_jax.tasks.math.rules import WARM_UP
 from deltal_jax.tasks.workers import Limits, Outcome, Workers
 
 #: Characters of a response, from its end, that are judged.
 MAX_RESPONSE = 4000
-#: Rows of the training file that are looked at before a run begins, to say what is dropped.
-LOOKED_AT = 10_000
 #: What `task.math.template` may name; a file may be named instead.
 TEMPLATES = {
     "plain": "{problem}",
@@ -76,56 +74,24 @@ class Math:
         self._count, self._limits = workers, limits or Limits()
         self._workers: Workers | None = None
         self._lock = threading.Lock()  # training and evaluation may both be the first to ask
-        held_out = [open_rows(Path(path), "task.math.eval") for path in held_out_files]
-        self._held_out = [
-            example
-            for rows in held_out
-            for example in stream_examples(rows, Dropped(), "task.math.eval")
-        ]
+        paths = [Path(path) for path in held_out_files]
+        self._held_out = [x for path in paths for x in read_examples(path, "task.math.eval")[0]]
         self._known = {_bare(example.text) for example in self._held_out}
-        self._train = open_rows(Path(train), "task.math.train")
-        self._files = {"task.math.train": [self._train], "task.math.eval": held_out}
-        self._streams: dict[int, Sequence[Example | None]] = {}
-        self._looked_at, self.dropped = self._look()
-
-    def _look(self) -> tuple[int, Dropped]:
-        """How many of the first rows were looked at, and what of them is dropped.
-
-        Raises UserError where no row is a problem.
-        """
-        dropped, field = Dropped(), "task.math.train"
-        for number, row in enumerate(self._train):
-            if number >= LOOKED_AT and dropped.counts.total() < number:
-                return number, dropped
-            try:
-                self._example(row, number)
-            except DropError as reason:
-                dropped.add(str(reason), row, number)
-        if dropped.counts.total() == len(self._train):
-            if set(dropped.counts) == {_HELD_OUT}:
-                raise UserError(f"{field}: all its problems are those of task.math.eval")
-            raise UserError(nothing_in(self._train.path, dropped, field))
-        return len(self._train), dropped
+        rows = open_rows(Path(train), "task.math.train")
+        self._stem = rows.path.stem
+        self._train = TrainingRows(rows, self._example, "task.math.train")
+        held_out = [open_rows(path, "task.math.eval") for path in paths]
+        self._files = {"task.math.train": [rows], "task.math.eval": held_out}
 
     @property
     def summary(self) -> str:
-        """How many problems there are, and what of the training file is dropped."""
-        reasons = [f"{count:,} {reason}" for reason, count in self.dropped.counts.most_common()]
-        held_out = f"{len(self._held_out):,} held out"
-        if self._looked_at < len(self._train):
-            said = f"task: {len(self._train):,} rows to train on, {held_out}"
-            return (
-                f"{said}; of the first {self._looked_at:,} dropped: {', '.join(reasons) or 'none'}"
-            )
-        count = len(self._train) - self.dropped.counts.total()
-        said = f"task: {count:,} problems to train on, {held_out}"
-        return f"{said}; dropped: {', '.join(reasons)}" if reasons else said
+        return self._train.summary(len(self._held_out))
 
     def vocabulary(self) -> None:
         """Prompts and responses are free text."""
 
     def rows(self) -> int:
-        return len(self._train)
+        return self._train.count
 
     def fingerprint(self) -> dict[str, str]:
         files = {
@@ -133,13 +99,12 @@ class Math:
             for name, found in self._files.items()
         }
         template = hashlib.sha256(self._template.encode()).hexdigest()
-        order = order_fingerprint(len(self._train))
-        return files | {"task.math.template": template, "order": order}
+        return files | {"task.math.template": template, "order": self._train.order}
 
     def problem(self, seed: int, position: int) -> Problem | None:
         """Every row once an epoch, in an order of the seed and the epoch; None where it is no
         problem to train on."""
-        example = self._at(seed, position)
+        example = self._train.at(seed, position)
         return None if example is None else self._problem(example)
 
     def held_out(self, count: int) -> list[Problem]:
@@ -154,7 +119,7 @@ class Math:
 
     def demonstrations(self, seed: int) -> Iterator[tuple[str, str]]:
         for position in itertools.count():
-            example = self._at(seed, position)
+            example = self._train.at(seed, position)
             if example is not None:
                 yield self._problem(example).prompt, f"\\boxed{{{example.answer}}}"
 
@@ -202,20 +167,9 @@ class Math:
                 )
             return self._workers
 
-    def _at(self, seed: int, position: int) -> Example | None:
-        if seed not in self._streams:
-            self._streams[seed] = epochs(len(self._train), seed, self._usable)
-        return self._streams[seed][position]
-
-    def _usable(self, number: int) -> Example | None:
-        try:
-            return self._example(self._train[number], number)
-        except DropError:
-            return None
-
     def _example(self, row: Any, number: int) -> Example:
         """The problem of a training row. Raises DropError where there is none to train on."""
-        example = make_example(row, self._train.path.stem, number)
+        example = make_example(row, self._stem, number)
         if _bare(example.text) in self._known:
             raise DropError(_HELD_OUT)
         return example
