@@ -54,6 +54,16 @@ def test_yaml_values_and_overrides_reach_their_fields(write):
     assert config.run.dir == "here"
 
 
+def test_a_section_as_an_override_leaves_its_other_fields_and_takes_names_whole(write):
+    path = write(
+        "rl: {steps: 7, optimizer: {b2: 0.5}}\ntask: {name: mixture, mixture: {paths: 1}}\n"
+    )
+    weights = "task.mixture={./mine.py:Echo: 2}"
+    config = load_config(path, parse_overrides(["rl={steps: 9, optimizer: {b1: 0.25}}", weights]))
+    assert (config.rl.steps, config.rl.optimizer.b1, config.rl.optimizer.b2) == (9, 0.25, 0.5)
+    assert config.task.mixture == {"paths": 1.0, "./mine.py:Echo": 2.0}
+
+
 def test_a_name_in_the_file_wins_over_the_files_name(write):
     assert load_config(write("run: {name: mine}")).run.name == "mine"
     assert load_config(write("run: {name: mine}"), {"run.name": "typed"}).run.name == "typed"

@@ -172,10 +172,6 @@ for _kind in (_Loader, _Dumper):
 
 
 def _set(tree: dict, key: str, value: Any) -> None:
-    if isinstance(value, dict):  # a whole section: field by field, so that the others stay
-        for name, item in value.items():
-            _set(tree, f"{key}.{name}", item)
-        return
     *parents, last = key.split(".")
     for parent in parents:
         if tree.get(parent) is None:
@@ -183,7 +179,8 @@ def _set(tree: dict, key: str, value: Any) -> None:
         tree = tree[parent]
         if not isinstance(tree, dict):
             raise UserError(f"{key}: {parent} is a value, not a section")
-    tree[last] = value
+    # A whole section goes field by field, so that the others stay.
+    tree[last] = _over(tree.get(last), value) if isinstance(value, dict) else value
 
 
 def _nearest(name: str, known: list[str]) -> str:
