@@ -87,6 +87,8 @@ def test_too_long_a_prompt_is_refused_where_that_is_asked_for():
     assert texts(drawn(task, 0, 2).prompts) == ["a", "a"]
     with pytest.raises(UserError, match=r"^rollout\.max_prompt_length: 8 is too short for 'bb"):
         encode_prompts([Problem("a", 0), Problem("b" * 30, 0)], LETTERS, 8)
+    with pytest.raises(UserError, match=r"^.{,200}, which takes 1333 tokens; raise it$"):
+        encode_prompts([Problem("ab " * 333, 0)], LETTERS, 8)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from deltal_jax.types import Prompts
 TOKENIZER_TEXTS = 300
 #: Positions in a row that may give no prompt.
 MAX_DROPPED = 10_000
+#: Characters of a prompt that a message has at most.
+MAX_SHOWN = 80
 #: Why a position gives no prompt: its row is no problem, or its prompt is too long.
 Drop = Literal["row", "overlong"]
 
@@ -133,9 +135,11 @@ def _padded(rows: Sequence[list[int]], positions: Sequence[int], width: int) -> 
 
 
 def _too_long(problem: Problem, length: int, width: int) -> UserError:
+    whole = len(problem.prompt) <= MAX_SHOWN
+    start = problem.prompt if whole else problem.prompt[:MAX_SHOWN] + " …"
     return UserError(
-        f"rollout.max_prompt_length: {width} is too short for {problem.prompt!r}, which takes "
-        f"{length} tokens"
+        f"rollout.max_prompt_length: {width} is too short for {start!r}, which takes "
+        f"{length} tokens; raise it"
     )
 
 
