@@ -243,9 +243,7 @@ def test_a_file_of_its_own_may_be_held_out_and_is_never_trained_on(tmp_path):
     problems = [task.problem(0, at) for at in range(30)]
     assert problems.count(None) == 3
     assert {p.answer["target"] for p in problems if p} == set(range(11, 38))
-    assert task.summary == (
-        "task: 27 problems to train on, 4 held out; dropped: 3 also held out"
-    )
+    assert task.summary == ("task: 27 problems to train on, 4 held out; dropped: 3 also held out")
     shown = itertools.islice(task.demonstrations(0), 20)
     assert all(prompt.endswith("<think>") for prompt, _ in shown)
     assert files_of(task)["countdown"].rows() == 30 and files_of(CountDownText()) == {}
@@ -305,7 +303,9 @@ def test_a_file_that_does_not_do_is_refused_by_name(tmp_path):
         made(train=str(tmp_path / "none.jsonl"))
     with pytest.raises(UserError, match=r"^task.countdown.eval: .*none.json can't be read"):
         made(train=few, eval=str(tmp_path / "none.json"))
-    with pytest.raises(UserError, match=r"^task.countdown.train: .* no problem .*\(also held out: 40\)"):
+    with pytest.raises(
+        UserError, match=r"^task.countdown.train: .* no problem .*\(also held out: 40\)"
+    ):
         made(train=few, eval=few)
 
 

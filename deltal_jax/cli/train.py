@@ -123,7 +123,8 @@ def _print_table(result) -> None:
         print(f"{'95 % interval':24}{shown[0]:>16}{shown[1]:>18}")
     for name, order in result.monotonicity.items():
         if order is not None:
-            print(f"{'monotonicity, ' + name:24}{order:>34.3f}")
+            label = f"monotonicity, {name}"
+            print(f"{label:24} {order:>{max(33 - max(len(label) - 24, 0), 6)}.3f}")
     print(f"\nwall time  {result.seconds:.0f} s\nrun        {result.run_dir}")
     if result.report is not None:
         print(f"report     {result.report}")
