@@ -239,8 +239,8 @@ def test_what_changes_lengths_and_probabilities_is_said():
     ("overlong", "who"),
     [
         ("none", "a missing reward"),
-        ("truncated", "a missing reward and a truncated response"),
-        ("at_limit", "a missing reward and a response of 192 tokens, ended or not,"),
+        ("truncated", "a missing reward or a truncated response"),
+        ("at_limit", "a missing reward or a response of 192 tokens, ended or not,"),
     ],
 )
 @pytest.mark.parametrize("counted", [False, True])

@@ -205,7 +205,7 @@ def test_the_effective_formula_is_the_papers(name):
     assert said.count("stays in the denominators") == 1
     punished = "\nr_i  = reward + min(-(length_i - 1024) / 2048 · 1, 0)\n"
     assert (punished in said) == ("soft-punishment" in name)
-    filtered = "and a response of 3072 tokens, ended or not, has the weight 0"
+    filtered = "or a response of 3072 tokens, ended or not, has the weight 0"
     assert (filtered in said) == ("overlong-filtering" in name)
 
 

@@ -168,8 +168,8 @@ def _filtering(config: Config) -> str:
     o = config.objective
     who = {
         "none": "",
-        "truncated": "and a truncated response",
-        "at_limit": f"and a response of {config.rollout.max_response_length} tokens, ended or not,",
+        "truncated": "or a truncated response",
+        "at_limit": f"or a response of {config.rollout.max_response_length} tokens, ended or not,",
     }[o.overlong_filter]
     where = "stays in the denominators" if o.count_masked else "leaves the denominators too"
     return f"{who} has the weight 0 and {where}".strip()
