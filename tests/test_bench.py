@@ -290,8 +290,10 @@ def test_the_load_of_grading_has_right_and_wrong_answers_of_every_kind(groups):
 
 def test_the_figures_of_grading_are_those_of_both_verifiers_and_of_the_overlap(monkeypatch):
     monkeypatch.setattr(grading, "PROBLEMS", 2)
-    sizes = {"rl.prompts_per_step": 4, "rollout.max_response_length": 24}
-    monkeypatch.setattr(grading, "SAMPLED", sizes)
+    monkeypatch.setattr(grading, "WORKERS", 1)
+    tiny = {"model.layers": 1, "model.d_model": 16, "model.head_dim": 8, "model.d_ff": 16}
+    steps = {"rl.prompts_per_step": 4, "rollout.max_response_length": 24, "rollout.slots": 8}
+    monkeypatch.setattr(grading, "SAMPLED", tiny | steps)
     figures = grading.benchmark_grading(3)
     for verifier in ("reference", "math_verify"):
         assert figures[verifier].pop("missing") == 0

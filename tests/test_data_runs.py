@@ -3,6 +3,7 @@ never stopped, with the same data only."""
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from deltal_jax.errors import UserError
 from deltal_jax.metrics import load_metrics
 from deltal_jax.training.loop import train
+from deltal_jax.training.run_folder import CHECKPOINTS
 
 ROWS = 14
 #: Prompts of up to 8 pieces, 3 a step; what a step begins too much is carried over.
@@ -35,7 +37,7 @@ OPTIONS = {
     "length_buckets": [16],
     "evaluate.every": 0,
     "evaluate.problems": 2,
-    "checkpoint.every": 0,
+    "checkpoint.every": 3,
     "run.tensorboard": False,
     "run.report": False,
 }
@@ -71,7 +73,8 @@ def test_a_run_counts_what_it_leaves_out_and_goes_on_with_the_same_data_only(fil
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     options = OPTIONS | files
     train("countdown-tiny", options | {"run.dir": str(whole)}, quiet=True)
-    train("countdown-tiny", options | {"run.dir": str(broken), "rl.steps": 3}, quiet=True)
+    shutil.copytree(whole, broken)  # as if it had died after step 3
+    shutil.rmtree(broken / CHECKPOINTS / "6")
     summary = json.loads((broken / "summary.json").read_text())
     assert set(summary["data"]) == {
         f"math: {name}"
@@ -79,7 +82,7 @@ def test_a_run_counts_what_it_leaves_out_and_goes_on_with_the_same_data_only(fil
     }
     other = tmp_path / "moved.jsonl"
     text = (tmp_path / files["task.math.train"]).read_text()
-    again = {"run.dir": str(broken), "rl.steps": 6, "task.math.train": str(other)}
+    again = {"run.dir": str(broken), "task.math.train": str(other)}
     other.write_text(text.replace("no answer", "No answer"))
     with pytest.raises(UserError, match=r"^data: math: task\.math\.train is not what the run was"):
         train(None, again, resume=True, quiet=True)

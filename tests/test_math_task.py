@@ -223,7 +223,7 @@ def test_hostile_responses_execute_nothing_stall_nothing_and_are_never_right(
     tasks, verifier, tmp_path
 ):
     task, known, canary = tasks[verifier], {"gold": GOLD}, tmp_path / "executed"
-    responses = list(hostile(1, 500, canary))
+    responses = list(hostile(1, 270, canary))
     pairs = [pair for text in responses for pair in ((text, known), (f"\\boxed{{{GOLD}}}", known))]
     verdicts = task.verify_batch(pairs)
     assert all(verdict.reward == 1.0 for verdict in verdicts[1::2])
@@ -290,17 +290,22 @@ def children():
 
 TINY = {
     "sft.steps": 0,
-    "rl.steps": 2,
+    "rl.steps": 1,
     "rl.prompts_per_step": 2,
     "rl.samples_per_prompt": 2,
+    "rl.updates_per_rollout": 1,
+    "rollout.slots": 4,
     "rollout.max_response_length": 8,
     "rollout.max_prompt_length": 64,
     "length_buckets": [72],
+    "evaluate.every": 0,
     "evaluate.problems": 2,
+    "checkpoint.every": 0,
     "model.layers": 1,
     "model.d_model": 16,
     "model.head_dim": 8,
     "model.d_ff": 16,
+    "run.tensorboard": False,
     "run.report": False,
     "task.name": "math",
     "task.math.verifier": "reference",

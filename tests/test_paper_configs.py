@@ -5,6 +5,7 @@ Sources: arXiv 2509.07558 and its public scripts: 18 experiments, 1-10 on aggreg
 """
 
 import dataclasses
+import functools
 import re
 
 import pytest
@@ -44,8 +45,11 @@ LONGER = [
 ]
 
 
+shipped = functools.cache(load_config)
+
+
 def paper(name: str) -> Config:
-    return load_config(f"paper/{name}")
+    return shipped(f"paper/{name}")
 
 
 def without(config: Config, *sections: str) -> dict:
@@ -227,7 +231,7 @@ def test_planned_memory_is_what_a_dry_run_says(name):
 
 
 def test_every_model_that_is_named_has_a_known_shape():
-    named = {load_config(name).model.path for name in shipped_configs()} - {None}
+    named = {shipped(name).model.path for name in shipped_configs()} - {None}
     assert named == PUBLISHED.keys()
 
 
