@@ -3,6 +3,7 @@
 import collections
 import csv
 import dataclasses
+import functools
 from pathlib import Path
 
 from deltal_jax.tasks.math.rules import WARM_UP, judge
@@ -50,11 +51,17 @@ def judgements(verifier: str, rows: list[Row]) -> list[str]:
     return [x.value[0] if x.status == "done" else x.status for x in outcomes]
 
 
+@functools.cache
+def table_judgements() -> dict[str, list[str]]:
+    """Those of every verifier on the whole table."""
+    return {verifier: judgements(verifier, read_table()) for verifier in VERIFIERS}
+
+
 def agreement() -> str:
     """A table of how often each verifier agrees with people, and the two with each other; then
     every known difference, with its reason."""
     rows = read_table()
-    said = {verifier: judgements(verifier, rows) for verifier in VERIFIERS}
+    said = table_judgements()
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for row, *verdicts in zip(rows, *said.values(), strict=True):
         for kind in ("all", row.kind):

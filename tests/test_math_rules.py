@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from deltal_jax.tasks.math import rules as math_rules
 from deltal_jax.tasks.math.rules import REFERENCE_LENGTH, boxed, hendrycks, judge, minerva
-from tests.math_answers import VERIFIERS, agreement, judgements, read_table
+from tests.math_answers import VERIFIERS, agreement, read_table, table_judgements
 
 BOTH = pytest.mark.parametrize("verifier", VERIFIERS)
 
@@ -234,8 +234,7 @@ def test_math_verify_says_the_same_of_several_numbers_where_it_is_not_asked(answ
 
 @pytest.fixture(scope="module")
 def said():
-    rows = read_table()
-    return {verifier: judgements(verifier, rows) for verifier in VERIFIERS}
+    return table_judgements()
 
 
 @BOTH
