@@ -248,21 +248,21 @@ def test_the_cache_grows_with_the_longest_live_response_and_shrinks_after_it(mon
 
 
 @pytest.mark.parametrize(
-    ("slots", "samples", "needed"),
-    [(24, 1, None), (2, 1, None), (4, 3, 6)],
+    ("slots", "samples", "needed", "count", "limit"),
+    [(8, 1, None, 12, 24), (2, 1, None, 24, 58), (4, 3, 2, 12, 24)],
     ids=["the tail gives up slots", "windows grow and shrink", "the first prompts are enough"],
 )
 def test_who_listens_hears_of_responses_as_they_end_and_changes_none(
-    slots, samples, needed, monkeypatch
+    slots, samples, needed, count, limit, monkeypatch
 ):
     """Steps, windows, slots and so every bit are as without a listener; what goes on from before
     is told with its first tokens."""
     monkeypatch.setattr(module, "NARROWEST", 8)
     monkeypatch.setattr(module, "CHUNK", 3)
     graphdef, params = fakes.model(fakes.PLAIN)
-    options = SamplingOptions(slots=slots, max_response_length=58, eos_ids=(3, 5, 7, 9))
+    options = SamplingOptions(slots=slots, max_response_length=limit, eos_ids=(3, 5, 7, 9))
     engine = Engine(graphdef, options)
-    responses = begin(options, fakes.prompts(24), KEY, samples=samples)
+    responses = begin(options, fakes.prompts(count), KEY, samples=samples)
     while not responses.finished.all():
         told = []
         want, steps = engine.sample(params, responses, needed=needed)

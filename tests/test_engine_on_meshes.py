@@ -72,11 +72,11 @@ def test_pools_and_windows_on_a_mesh_change_no_id(seed, monkeypatch):
     monkeypatch.setattr(module, "NARROWEST", 8)
     monkeypatch.setattr(pools, "POOL_PAIRS", 2)
     graphdef, params = fakes.model(fakes.PLAIN)
-    options = SamplingOptions(slots=4, max_response_length=58, eos_ids=(3, 5, 7, 9))
+    options = SamplingOptions(slots=4, max_response_length=24, eos_ids=(3, 5, 7, 9))
     mesh = make_mesh(2, 1, 1, devices=jax.devices()[:2])
     key = jax.random.key(seed, impl="threefry2x32")
     want, got = (
-        Engine(graphdef, options, mesh=on).generate(params, fakes.prompts(48), key, samples=1)[0]
+        Engine(graphdef, options, mesh=on).generate(params, fakes.prompts(24), key, samples=1)[0]
         for on in (None, mesh)
     )
     np.testing.assert_array_equal(got.tokens, want.tokens)
@@ -88,7 +88,7 @@ def test_who_listens_changes_nothing_on_a_mesh(monkeypatch):
     monkeypatch.setattr(module, "NARROWEST", 8)
     monkeypatch.setattr(module, "CHUNK", 3)
     graphdef, params = fakes.model(fakes.PLAIN)
-    options = SamplingOptions(slots=4, max_response_length=58, eos_ids=(3, 5, 7, 9))
+    options = SamplingOptions(slots=4, max_response_length=24, eos_ids=(3, 5, 7, 9))
     engine = Engine(graphdef, options, mesh=make_mesh(2, 1, 1, devices=jax.devices()[:2]))
     none, told = begin(options, fakes.prompts(12), KEY, samples=1), {}
     for needed in (None, 4):
