@@ -9,8 +9,6 @@ os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        # Most of the suite's time goes by compiling what runs once: LLVM need not make it fast.
-        "--xla_backend_optimization_level=0",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     )
 ).strip()
