@@ -223,7 +223,7 @@ def test_hostile_responses_execute_nothing_stall_nothing_and_are_never_right(
     tasks, verifier, tmp_path
 ):
     task, known, canary = tasks[verifier], {"gold": GOLD}, tmp_path / "executed"
-    responses = list(hostile(1, 270, canary))
+    responses = list(hostile(1, 500, canary))
     pairs = [pair for text in responses for pair in ((text, known), (f"\\boxed{{{GOLD}}}", known))]
     verdicts = task.verify_batch(pairs)
     assert all(verdict.reward == 1.0 for verdict in verdicts[1::2])
