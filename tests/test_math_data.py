@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltal_jax.data.rows import open_rows
 from deltal_jax.errors import UserError
 from deltal_jax.tasks.math.data import Example, read_examples
 
@@ -36,6 +37,10 @@ VERL = {
     "reward_model": {"style": "rule", "ground_truth": "42"},
     "extra_info": {"split": "train", "index": 5},
 }
+
+
+def read_file(path, field):
+    return read_examples(open_rows(path, field), field)
 
 
 def written(tmp_path, rows, name="rows.json"):
@@ -70,7 +75,7 @@ def written(tmp_path, rows, name="rows.json"):
 def test_every_published_format_gives_the_same_problem(tmp_path, row, source, name, file):
     if file == "rows.parquet" and isinstance(row, list):  # a table has no lists for rows
         row = OURS | {"source": source, "id": name}
-    examples, dropped = read_examples(written(tmp_path, [row], file), "data")
+    examples, dropped = read_file(written(tmp_path, [row], file), "data")
     assert examples == [Example(PROBLEM, "42", source, name)]
     assert not dropped.counts
 
@@ -80,11 +85,11 @@ def test_prompts_of_verl_are_used_as_they_are(tmp_path, file):
     whole = f"User: {PROBLEM}\nAssistant: <think>"
     texts = [VERL, VERL | {"prompt": whole}]
     for row in texts[: 1 if file == "rows.parquet" else 2]:
-        examples, _ = read_examples(written(tmp_path, [row], file), "data")
+        examples, _ = read_file(written(tmp_path, [row], file), "data")
         messages = (("user", whole),) if row is VERL else ()
         assert examples == [Example(whole, "42", "orz", "5", True, messages)]
     system = {"role": "system", "content": "Think."}
-    (found,), _ = read_examples(
+    (found,), _ = read_file(
         written(tmp_path, [VERL | {"prompt": [system, *VERL["prompt"]]}], file), "data"
     )
     assert found.text == f"Think.\n\n{whole}"
@@ -93,9 +98,9 @@ def test_prompts_of_verl_are_used_as_they_are(tmp_path, file):
 
 def test_our_own_format_comes_back_as_it_was(tmp_path):
     rows = [ORZ, VERL, OURS, MATH500]
-    before, _ = read_examples(written(tmp_path, rows), "data")
+    before, _ = read_file(written(tmp_path, rows), "data")
     path = written(tmp_path, [example.row() for example in before], "again.jsonl")
-    assert read_examples(path, "data")[0] == before
+    assert read_file(path, "data")[0] == before
 
 
 @given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1, max_size=40)), min_size=1))
@@ -103,7 +108,7 @@ def test_no_problem_is_lost_or_reordered_whatever_its_text(tmp_path_factory, pai
     pairs = [(p, a) for p, a in pairs if p.strip() and a.strip() and "####" not in a]
     rows = [{"problem": p, "answer": a} for p, a in pairs]
     path = written(tmp_path_factory.mktemp("data"), [OURS, *rows], "rows.jsonl")
-    examples, dropped = read_examples(path, "data")
+    examples, dropped = read_file(path, "data")
     assert [example.text for example in examples[1:]] == [p.strip() for p, _ in pairs]
     assert [e.id for e in examples] == ["a", *map(str, range(1, len(rows) + 1))]
     assert not dropped.counts or set(dropped.counts) == {"no answer"}
@@ -124,7 +129,7 @@ def test_no_problem_is_lost_or_reordered_whatever_its_text(tmp_path_factory, pai
 )
 def test_answers_become_text(tmp_path, value, expected):
     path = written(tmp_path, [{"problem": "?", "answer": value}])
-    assert read_examples(path, "data")[0][0].answer == expected
+    assert read_file(path, "data")[0][0].answer == expected
 
 
 @pytest.mark.parametrize(
@@ -155,19 +160,19 @@ def test_answers_become_text(tmp_path, value, expected):
     ],
 )
 def test_rows_that_are_no_problem_are_counted_by_reason_with_the_first(tmp_path, row, reason):
-    _, dropped = read_examples(written(tmp_path, [OURS, row, OURS, row]), "data")
+    _, dropped = read_file(written(tmp_path, [OURS, row, OURS, row]), "data")
     assert dropped.counts == {reason: 2}
     assert dropped.first[reason].startswith("row 1: ")
     with pytest.raises(
         UserError, match=rf"^data: .* has no problem with an answer \({reason}: 1\)$"
     ):
-        read_examples(written(tmp_path, [row]), "data")
+        read_file(written(tmp_path, [row]), "data")
 
 
 def test_a_broken_line_is_dropped_and_counted(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(OURS)}\n{{broken\n\n{json.dumps(GSM8K)}\n", encoding="utf-8")
-    examples, dropped = read_examples(path, "data")
+    examples, dropped = read_file(path, "data")
     assert [example.source for example in examples] == ["mine", "rows"]
     assert dropped.counts == {"not JSON": 1}
     assert dropped.first == {"not JSON": "row 1: '{broken'"}
@@ -196,5 +201,5 @@ def test_a_file_that_is_none_is_refused_in_one_line_with_the_field(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=rf"^data: .*{message}") as refused:
-        read_examples(path, "data")
+        read_file(path, "data")
     assert "\n" not in str(refused.value)

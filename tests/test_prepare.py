@@ -6,8 +6,7 @@ import pytest
 
 from deltal_jax.cli.main import main
 from deltal_jax.tasks.countdown import data as countdown_data
-from deltal_jax.tasks.math.data import read_examples
-from tests.test_math_data import AMC, GSM8K, ORZ, VERL, written
+from tests.test_math_data import AMC, GSM8K, ORZ, VERL, read_file, written
 
 
 def prepared(capsys, *arguments):
@@ -23,7 +22,7 @@ def test_a_file_is_converted_and_its_problems_are_those_of_the_source(tmp_path, 
     assert [sorted(row) for row in rows[:3]] == [["answer", "id", "problem", "source"]] * 3
     assert sorted(rows[3]) == ["answer", "id", "prompt", "source"]
     assert {row["source"] for row in rows} == {"mine"}
-    before, after = read_examples(source, "--from")[0], read_examples(target, "--to")[0]
+    before, after = read_file(source, "--from")[0], read_file(target, "--to")[0]
     assert [(x.text, x.answer, x.complete, x.id) for x in after] == [
         (x.text, x.answer, x.complete, x.id) for x in before
     ]

@@ -38,10 +38,11 @@ class TrainingRows(Generic[Example]):
         for number in range(self.count):
             if number >= LOOKED_AT and dropped.counts.total() < number:
                 return number, dropped
+            row = self._rows[number]
             try:
-                self._make(self._rows[number], number)
+                self._make(row, number)
             except DropError as reason:
-                dropped.add(str(reason), self._rows[number], number)
+                dropped.add(str(reason), row, number)
         if dropped.counts.total() == self.count:
             raise nothing_in(self._rows.path, dropped, field)
         return self.count, dropped

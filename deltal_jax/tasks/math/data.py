@@ -13,7 +13,6 @@ MATH             {"problem": …, "solution": "… \boxed{42} …"}
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from deltal_jax.data.rows import (
@@ -24,7 +23,6 @@ from deltal_jax.data.rows import (
     check_text,
     examples,
     nothing_in,
-    open_rows,
 )
 from deltal_jax.tasks.math.rules import MAX_ANSWER_LENGTH, boxed
 
@@ -56,15 +54,15 @@ class Example:
         return {"prompt" if self.complete else "problem": self.text} | known
 
 
-def read_examples(path: Path, field: str) -> tuple[list[Example], Dropped]:
+def read_examples(rows: Rows, field: str) -> tuple[list[Example], Dropped]:
     """All problems of a file, in its order, and what of it was dropped.
 
-    Raises UserError, naming the `field` that said so, where the file can't be read or has none.
+    Raises UserError, naming the `field` that said so, where it has none.
     """
-    rows, dropped = open_rows(path, field), Dropped()
+    dropped = Dropped()
     found = list(examples(rows, maker(rows), dropped))
     if not found:
-        raise nothing_in(path, dropped, field)
+        raise nothing_in(rows.path, dropped, field)
     return found, dropped
 
 

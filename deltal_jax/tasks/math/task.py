@@ -74,13 +74,12 @@ class Math:
         self._count, self._limits = workers, limits or Limits()
         self._workers: Workers | None = None
         self._lock = threading.Lock()  # training and evaluation may both be the first to ask
-        paths = [Path(path) for path in held_out_files]
-        self._held_out = [x for path in paths for x in read_examples(path, "task.math.eval")[0]]
+        held_out = [open_rows(Path(path), "task.math.eval") for path in held_out_files]
+        self._held_out = [x for rows in held_out for x in read_examples(rows, "task.math.eval")[0]]
         self._known = {_bare(example.text) for example in self._held_out}
         rows = open_rows(Path(train), "task.math.train")
         self._stem = rows.path.stem
         self._train = TrainingRows(rows, self._example, "task.math.train")
-        held_out = [open_rows(path, "task.math.eval") for path in paths]
         self._files = {"task.math.train": [rows], "task.math.eval": held_out}
 
     @property
