@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from deltal_jax import __version__
+from deltal_jax.cli import debug
 from deltal_jax.cli.main import COMMANDS, main
 from deltal_jax.config import describe_fields, load_config, shipped_configs
 
@@ -266,12 +267,18 @@ def test_fields_as_json_is_one_document_of_all_fields(deltal):
     assert all(field.keys() == {"name", "type", "default", "help"} for field in fields)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+#: By what to type; those of `debug` have commands of their own.
+LEAVES = {k: v for k, v in COMMANDS.items() if k != "debug"} | {
+    f"debug {name}": module for name, module in debug.COMMANDS.items()
+}
+
+
+@pytest.mark.parametrize("command", LEAVES)
 def test_help_of_every_command_says_what_it_does_and_every_option(deltal, command):
-    code, out, err = deltal(command, "--help")
+    code, out, err = deltal(*command.split(), "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: deltal {command}")
-    assert COMMANDS[command].__doc__.strip().split("\n")[0] in out
+    assert LEAVES[command].__doc__.strip().split("\n")[0] in out
     assert "--json" in out
 
 

@@ -5,7 +5,17 @@ import os
 import sys
 
 from deltal_jax import __version__
-from deltal_jax.cli import bench, configs, evaluate, export, prepare, sample, train, weights
+from deltal_jax.cli import (
+    bench,
+    configs,
+    debug,
+    evaluate,
+    export,
+    prepare,
+    sample,
+    train,
+    weights,
+)
 from deltal_jax.errors import UserError
 
 COMMANDS = {
@@ -16,6 +26,7 @@ COMMANDS = {
     "prepare": prepare,
     "weights": weights,
     "bench": bench,
+    "debug": debug,
     "configs": configs,
 }
 

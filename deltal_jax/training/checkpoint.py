@@ -25,6 +25,8 @@ class Position:
     step: int  # finished steps of that phase
     next_prompt: int  # position in the stream of training problems
     metrics_bytes: int  # size of metrics.jsonl
+    #: What else the next steps depend on: counters and running statistics by name.
+    running: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Checkpoints:

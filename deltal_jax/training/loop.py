@@ -99,7 +99,8 @@ def train(
     writer = MetricsWriter(
         folder, keep_bytes=position.metrics_bytes, tensorboard=config.run.tensorboard
     )
-    run = Run(folder, setup, wanted, writer, checkpoints, display, profile)
+    running = position.running
+    run = Run(folder, setup, wanted, writer, checkpoints, display, profile, running)
     run.announce(newest, position)
     try:
         with run.interruptible():

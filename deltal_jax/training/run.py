@@ -1,6 +1,7 @@
 """A run that is open: its folder, files and switches, and what it says. Nothing here decides
 numerics."""
 
+import copy
 import dataclasses
 import json
 import platform
@@ -52,6 +53,8 @@ class Run:
     checkpoints: Checkpoints
     display: ProgressDisplay
     profile: tuple[int, int] | None
+    #: Counters and running statistics that a resumed run needs, by name; plain JSON.
+    running: dict[str, Any] = dataclasses.field(default_factory=dict)
     stop_requested: bool = False
     tracing: bool = False
 
@@ -67,7 +70,9 @@ class Run:
         started = time.perf_counter()
         number = step + (self.setup.config.sft.steps if phase == "rl" else 0)
         next_prompt = 0 if batches is None else batches.next_prompt
-        position = Position(phase, step, next_prompt, self.writer.bytes_written)
+        position = Position(
+            phase, step, next_prompt, self.writer.bytes_written, copy.deepcopy(self.running)
+        )
         rollouts = None if batches is None else batches.saved()
         self.checkpoints.save(number, state, position, rollouts)
         return time.perf_counter() - started
