@@ -76,11 +76,12 @@ def _load(path: Path) -> dict[str, np.ndarray]:
 
 
 def _start(folder: Path, process_id: int, devices: int) -> subprocess.Popen:
-    # The flags of conftest.py, but for the number of devices: this process's are not inherited.
+    # This process's flags, which conftest.py sets, but for the number of devices: the last wins.
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-        " --xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')}"
+        " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+        f" --xla_force_host_platform_device_count={devices}",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
     }
     with (folder / f"{process_id}.stderr").open("wb") as stderr:
