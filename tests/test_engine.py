@@ -1,6 +1,7 @@
 """Laws of the sampler: exact log-probabilities, and ids that do not depend on slots."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -24,11 +25,38 @@ OPTIONS = SamplingOptions(slots=4, max_response_length=12, eos_ids=(fakes.EOS, 5
 KEY = jax.random.key(11, impl="threefry2x32")
 
 
+#: Most responses are short, some are long.
+LONG_TAILED = SamplingOptions(slots=2, max_response_length=58, eos_ids=(3, 5, 7, 9))
+
+
+@functools.cache
+def engine_of(options=OPTIONS):
+    """What it has compiled serves all tests."""
+    return Engine(fakes.model(fakes.PLAIN)[0], options)
+
+
 @pytest.fixture(scope="module")
 def sampled():
     """Five prompts, three samples each, with 4 slots."""
-    graphdef, params = fakes.model(fakes.PLAIN)
-    return Engine(graphdef, OPTIONS).generate(params, fakes.prompts(5), KEY, samples=3, step=2)
+    params = fakes.model(fakes.PLAIN)[1]
+    return engine_of().generate(params, fakes.prompts(5), KEY, samples=3, step=2)
+
+
+@pytest.fixture(scope="module")
+def long_tailed():
+    """24 responses with 2 slots, and the widths of the cache meanwhile."""
+    sampler, widths = engine_of(LONG_TAILED), []
+    run = sampler._run
+
+    def watched(*arguments):
+        widths.append(window_of(arguments[3]))
+        return run(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "NARROWEST", 8)
+        patch.setattr(sampler, "_run", watched)
+        params = fakes.model(fakes.PLAIN)[1]
+        return sampler.generate(params, fakes.prompts(24), KEY, samples=1)[0], widths
 
 
 def test_logprobs_are_those_of_the_full_forward(sampled):
@@ -43,23 +71,10 @@ def test_logprobs_are_those_of_the_full_forward(sampled):
     assert mask.sum() > 60
 
 
-def test_temperature_is_in_the_logprobs():
-    graphdef, params = fakes.model(fakes.PLAIN)
-    options = dataclasses.replace(OPTIONS, temperature=0.6)
-    rollout, _ = Engine(graphdef, options).generate(params, fakes.prompts(2), KEY, samples=2)
-    tokens = rollout.tokens
-    logits = fakes.forward(fakes.PLAIN, params, tokens)
-    want, _ = token_logprobs(
-        jnp.asarray(logits[:, :-1]), jnp.asarray(tokens[:, 1:]), temperature=0.6
-    )
-    mask = rollout.loss_mask[:, 1:]
-    np.testing.assert_allclose(rollout.logprobs[:, 1:][mask], np.asarray(want)[mask], atol=1e-5)
-
-
 @pytest.mark.parametrize("slots", [1, 16])
 def test_the_same_ids_for_any_number_of_slots(sampled, slots):
-    graphdef, params = fakes.model(fakes.PLAIN)
-    engine = Engine(graphdef, dataclasses.replace(OPTIONS, slots=slots))
+    params = fakes.model(fakes.PLAIN)[1]
+    engine = engine_of(dataclasses.replace(OPTIONS, slots=slots))
     other, _ = engine.generate(params, fakes.prompts(5), KEY, samples=3, step=2)
     np.testing.assert_array_equal(sampled[0].tokens, other.tokens)
     np.testing.assert_array_equal(sampled[0].loss_mask, other.loss_mask)
@@ -74,10 +89,10 @@ def test_the_same_again_is_the_same_to_the_bit(sampled):
 
 
 def test_a_prompt_samples_the_same_alone_and_among_others(sampled):
-    graphdef, params = fakes.model(fakes.PLAIN)
+    params = fakes.model(fakes.PLAIN)[1]
     whole = fakes.prompts(5)
     third = jax.tree.map(lambda x: x[2:3], whole)
-    alone, _ = Engine(graphdef, OPTIONS).generate(params, third, KEY, samples=3, step=2)
+    alone, _ = engine_of().generate(params, third, KEY, samples=3, step=2)
     np.testing.assert_array_equal(alone.tokens, sampled[0].tokens[6:9])
 
 
@@ -112,12 +127,12 @@ def test_masks_mark_what_was_sampled_and_nothing_else(sampled):
 
 
 def test_an_end_at_the_length_limit_is_not_truncated():
-    graphdef, params = fakes.model(fakes.PLAIN)
-    free, _ = Engine(graphdef, OPTIONS).generate(params, fakes.prompts(5), KEY, samples=3)
+    params = fakes.model(fakes.PLAIN)[1]
+    free, _ = engine_of().generate(params, fakes.prompts(5), KEY, samples=3)
     lengths = free.response_lengths
     ended = int(lengths[~free.truncated].max())
     options = dataclasses.replace(OPTIONS, max_response_length=ended)
-    cut, _ = Engine(graphdef, options).generate(params, fakes.prompts(5), KEY, samples=3)
+    cut, _ = engine_of(options).generate(params, fakes.prompts(5), KEY, samples=3)
     at_limit = ~free.truncated & (lengths == ended)
     assert at_limit.any() and not cut.truncated[at_limit].any()
     assert cut.truncated[lengths > ended].all()
@@ -145,11 +160,12 @@ HOSTS = {
 def test_pools_and_windows_change_no_id(sampled, host, monkeypatch):
     for name, value in host.items():
         monkeypatch.setattr(pools if hasattr(pools, name) else module, name, value)
-    graphdef, params = fakes.model(fakes.PLAIN)
-    engine = Engine(graphdef, OPTIONS)
-    sizes = []
+    params = fakes.model(fakes.PLAIN)[1]
+    engine, sizes = engine_of(), []
     resize = engine._resize
-    engine._resize = lambda slots, window: (sizes.append(window), resize(slots, window))[1]
+    monkeypatch.setattr(
+        engine, "_resize", lambda slots, window: (sizes.append(window), resize(slots, window))[1]
+    )
     other, stats = engine.generate(params, fakes.prompts(5), KEY, samples=3, step=2)
     np.testing.assert_array_equal(sampled[0].tokens, other.tokens)
     np.testing.assert_array_equal(sampled[0].truncated, other.truncated)
@@ -162,8 +178,8 @@ def test_pools_and_windows_change_no_id(sampled, host, monkeypatch):
 @pytest.mark.parametrize("needed", [1, 3])
 def test_what_was_begun_goes_on_where_it_stood(sampled, needed):
     """In two goes, the second with what the first left unfinished: the same as in one."""
-    graphdef, params = fakes.model(fakes.PLAIN)
-    engine = Engine(graphdef, OPTIONS)
+    params = fakes.model(fakes.PLAIN)[1]
+    engine = engine_of()
     none = begin(OPTIONS, fakes.prompts(5), KEY, samples=3, step=2)
     some, first = engine.sample(params, none, needed=needed)
     assert some.finished[: 3 * needed].all() and not some.finished.all()
@@ -185,9 +201,9 @@ def test_what_was_begun_goes_on_where_it_stood(sampled, needed):
 
 def test_tokens_that_other_parameters_sampled_keep_their_logprobs():
     """The prefix is scored by the old parameters, the rest by the new ones."""
-    graphdef, old = fakes.model(fakes.PLAIN)
+    old = fakes.model(fakes.PLAIN)[1]
     new = jax.tree.map(lambda x: x * 1.1 if x.ndim > 1 else x, old)
-    engine = Engine(graphdef, OPTIONS)
+    engine = engine_of()
     some, _ = engine.sample(old, begin(OPTIONS, fakes.prompts(5), KEY, samples=3, step=2), needed=1)
     every, _ = engine.sample(new, some)
     rollout = assemble(every)
@@ -205,17 +221,16 @@ def test_tokens_that_other_parameters_sampled_keep_their_logprobs():
     assert carried.any() and (np.abs(scored[0] - scored[1])[mask] > 1e-3).mean() > 0.5
 
 
-def test_slots_that_idle_in_the_tail_are_given_up():
+def test_slots_that_idle_in_the_tail_are_given_up(long_tailed, monkeypatch):
     """As many slots as responses: three quarters, a half, … of them are left, as soon as the live
     ones fit; several sizes at once where several responses end together."""
-    graphdef, params = fakes.model(fakes.PLAIN)
-    options = SamplingOptions(slots=24, max_response_length=58, eos_ids=(3, 5, 7, 9))
-    want, _ = Engine(graphdef, dataclasses.replace(options, slots=3)).generate(
-        params, fakes.prompts(24), KEY, samples=1
-    )
-    engine, sizes = Engine(graphdef, options), []
+    want, _ = long_tailed
+    engine, sizes = engine_of(dataclasses.replace(LONG_TAILED, slots=24)), []
     compact = engine._compact
-    engine._compact = lambda slots, size: (sizes.append(size), compact(slots, size))[1]
+    monkeypatch.setattr(
+        engine, "_compact", lambda slots, size: (sizes.append(size), compact(slots, size))[1]
+    )
+    params = fakes.model(fakes.PLAIN)[1]
     got, stats = engine.generate(params, fakes.prompts(24), KEY, samples=1)
     np.testing.assert_array_equal(want.tokens, got.tokens)
     np.testing.assert_array_equal(want.truncated, got.truncated)
@@ -226,21 +241,9 @@ def test_slots_that_idle_in_the_tail_are_given_up():
     assert stats.ideal_slot_steps == 24 * got.response_lengths.max()
 
 
-def test_the_cache_grows_with_the_longest_live_response_and_shrinks_after_it(monkeypatch):
+def test_the_cache_grows_with_the_longest_live_response_and_shrinks_after_it(long_tailed):
     """One response of 24 runs to 38 tokens, the others end soon: the window follows."""
-    monkeypatch.setattr(module, "NARROWEST", 8)
-    graphdef, params = fakes.model(fakes.PLAIN)
-    options = SamplingOptions(slots=2, max_response_length=58, eos_ids=(3, 5, 7, 9))
-    engine = Engine(graphdef, options)
-    widths = []
-    run = engine._run
-
-    def watched(*arguments):
-        widths.append(window_of(arguments[3]))
-        return run(*arguments)
-
-    engine._run = watched
-    rollout, _ = engine.generate(params, fakes.prompts(24), KEY, samples=1)
+    rollout, widths = long_tailed
     lengths = rollout.response_lengths
     assert lengths.max() > 32 and np.median(lengths) < 8
     assert widths[0] == 8 and sorted(set(widths)) == [8, 12, 16, 24, 32, 48]
@@ -259,9 +262,9 @@ def test_who_listens_hears_of_responses_as_they_end_and_changes_none(
     is told with its first tokens."""
     monkeypatch.setattr(module, "NARROWEST", 8)
     monkeypatch.setattr(module, "CHUNK", 3)
-    graphdef, params = fakes.model(fakes.PLAIN)
-    options = SamplingOptions(slots=slots, max_response_length=limit, eos_ids=(3, 5, 7, 9))
-    engine = Engine(graphdef, options)
+    params = fakes.model(fakes.PLAIN)[1]
+    options = dataclasses.replace(LONG_TAILED, slots=slots, max_response_length=limit)
+    engine = engine_of(options)
     responses = begin(options, fakes.prompts(count), KEY, samples=samples)
     while not responses.finished.all():
         told = []
@@ -367,7 +370,7 @@ def test_what_cannot_be_sampled_is_refused_before_anything_compiles(options, pro
 
 
 def test_slots_whose_cache_does_not_fit_are_refused_with_how_many_would(monkeypatch):
-    graphdef, params = fakes.model(fakes.PLAIN)
+    params = fakes.model(fakes.PLAIN)[1]
     memory = checks.sampling_memory(OPTIONS, fakes.PLAIN, params, (3, 6), 2)
     cache = init_cache(2, OPTIONS.slots, 2, 6 + 12, 8, jnp.dtype("float32"))
     assert memory["kv_cache"] == sum(x.nbytes for x in jax.tree.leaves(cache))
@@ -377,7 +380,7 @@ def test_slots_whose_cache_does_not_fit_are_refused_with_how_many_would(monkeypa
     assert memory["responses"] == 3 * 2 * 12 * (4 + 4)
     short = sum(memory.values()) - 1
     monkeypatch.setattr(checks, "free_memory", lambda devices: short)
-    engine = Engine(graphdef, OPTIONS)
+    engine = engine_of()
     with pytest.raises(UserError, match=r"rollout\.slots: sampling with 4 takes .* 3 slots would"):
         engine.generate(params, fakes.prompts(3), KEY, samples=2)
     monkeypatch.setattr(checks, "free_memory", lambda devices: short + 1)
