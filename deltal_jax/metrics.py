@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from deltal_jax.errors import UserError
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -21,7 +23,9 @@ class MetricsWriter:
     def __init__(self, folder: Path, *, keep_bytes: int = 0, tensorboard: bool = True):
         path = folder / FILE_NAME
         self._file = path.open("ab")
-        self._file.truncate(min(keep_bytes, path.stat().st_size))
+        if (size := path.stat().st_size) < keep_bytes:
+            raise UserError(f"{path}: {size} bytes, where a checkpoint goes on after {keep_bytes}")
+        self._file.truncate(keep_bytes)
         self._file.seek(0, os.SEEK_END)
         self._tensorboard: Any = None
         if tensorboard:
@@ -46,11 +50,21 @@ class MetricsWriter:
                     tag = f"warm-up/{name}" if phase == "sft" else name
                     self._tensorboard.add_scalar(tag, value, step)
 
+    def sync(self) -> None:
+        """Have what was written survive a power failure."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush and close both."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def metrics_size(folder: Path) -> int:
+    """Bytes of the metrics of a run."""
+    path = folder / FILE_NAME
+    return path.stat().st_size if path.exists() else 0
 
 
 def finite(value: float) -> float | None:

@@ -18,11 +18,11 @@ import optax
 import pytest
 
 from deltal_jax import Reward, TrainingError, train
+from deltal_jax.checkpoints.reader import SavedSteps
 from deltal_jax.cli.main import main
 from deltal_jax.config import load_config
 from deltal_jax.errors import UserError
 from deltal_jax.metrics import load_metrics
-from deltal_jax.training.checkpoint import Checkpoints
 from deltal_jax.training.collect import RolloutStream
 from deltal_jax.training.loop import rollout_logprobs, update_policy
 from deltal_jax.training.objective import make_loss
@@ -90,11 +90,8 @@ def timeless(path):
 
 def saved(path, number):
     """The state in a checkpoint of the RL phase."""
-    config = load_run_config(path)
-    checkpoints = Checkpoints(path / CHECKPOINTS, config.checkpoint.keep_last)
-    setup = make_setup(config, model_files(path))
-    state = checkpoints.read_state(number, like_saved(setup, "rl"))
-    checkpoints.close()
+    setup = make_setup(load_run_config(path), model_files(path))
+    state = SavedSteps(path / CHECKPOINTS).read_state(number, like_saved(setup, "rl"))
     return dataclasses.replace(
         state,
         params=jax.tree.map(np.asarray, state.params),
@@ -301,9 +298,8 @@ def test_a_run_that_died_goes_on_bit_for_bit_with_what_it_had_sampled(options, l
     train(None, {"run.dir": str(died)}, rewards=rewards, resume=True, quiet=True)
     assert timeless(died) == timeless(whole)
     jax.tree.map(np.testing.assert_array_equal, parameters(died), parameters(whole))
-    checkpoints = Checkpoints(whole / CHECKPOINTS, 2)
+    checkpoints = SavedSteps(whole / CHECKPOINTS)
     rollouts, position = checkpoints.read_rollouts(5), checkpoints.read_position(5)
-    checkpoints.close()
     assert rollouts.keys() == left
     assert rollouts["carried"]["prompts"]["positions"][-1] == position.next_prompt - 1
     lines = [x for x in load_metrics(whole / "metrics.jsonl") if x["phase"] == "rl"]

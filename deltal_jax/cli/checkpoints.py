@@ -1,30 +1,75 @@
-"""List the checkpoints of a run."""
+"""List the checkpoints of a run with their verdicts."""
 
 import argparse
-import contextlib
-import dataclasses
 import json
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from deltal_jax.training import run_folder
+if TYPE_CHECKING:
+    from deltal_jax.checkpoints.reader import SavedSteps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare every byte with its checksum; exit code 1 where one is damaged",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """List them; the exit code."""
-    from deltal_jax.training.checkpoint import Checkpoints
+    from deltal_jax.checkpoints.reader import SavedSteps
+    from deltal_jax.training import run_folder
 
-    run_folder.load_run_config(arguments.run)
-    with contextlib.closing(Checkpoints(arguments.run / run_folder.CHECKPOINTS)) as found:
-        positions = {number: found.read_position(number) for number in found.all()}
+    config = run_folder.load_run_config(arguments.run)
+    saved = SavedSteps(run_folder.checkpoints_folder(arguments.run, config))
+    metric = config.checkpoint.best_metric or f"eval/{config.task.name}/avg_at_k"
+    rows = {number: _row(saved, number, metric, arguments.verify) for number in saved.all()}
+    damaged = any(row["damage"] for row in rows.values())
     if arguments.json:
-        print(json.dumps({n: dataclasses.asdict(position) for n, position in positions.items()}))
-        return 0
-    for number, position in positions.items():
-        print(f"{number:>8}  after step {position.step} of {position.phase}")
-    return 0
+        print(json.dumps(rows))
+    else:
+        print("\n".join(_table(rows, metric, arguments.verify)))
+    return 1 if damaged and arguments.verify else 0
+
+
+def _row(saved: "SavedSteps", number: int, metric: str, verify: bool) -> dict[str, Any]:
+    """What is known of one."""
+    from deltal_jax.checkpoints.manifest import Damaged, read_manifest
+
+    row: dict[str, Any] = {"damage": saved.damage(number, contents=verify)}
+    try:
+        manifest = read_manifest(saved.path(number))
+    except Damaged:
+        return row
+    position = manifest.position
+    return row | {
+        "phase": position.phase,
+        "step": position.step,
+        "bytes": sum(size for size, _ in manifest.files.values()),
+        "saved_at": manifest.saved_at,
+        metric: manifest.metrics.get(metric),
+    }
+
+
+def _table(rows: dict[int, dict[str, Any]], metric: str, verify: bool) -> list[str]:
+    lines = [f"{'number':>8}  {'after':12} {'MB':>10}  {'saved':19}  {metric}  verdict"]
+    for number, row in rows.items():
+        verdict = f"damaged: {row['damage']}" if row["damage"] else "complete"
+        if verify and not row["damage"]:
+            verdict = "intact"
+        after, size, saved, figure = "?", "?", "?", "-"
+        if "phase" in row:
+            after = f"{row['phase']} {row['step']}"
+            size = f"{row['bytes'] / 1e6:.2f}"
+            saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["saved_at"]))
+            figure = "-" if row[metric] is None else f"{row[metric]:.3f}"
+        lines.append(
+            f"{number:>8}  {after:12} {size:>10}  {saved:19}  {figure:>{len(metric)}}  {verdict}"
+        )
+    return lines

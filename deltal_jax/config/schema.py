@@ -267,7 +267,17 @@ class EvaluateConfig:
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     every: int = field(50, "RL steps between checkpoints; 0: only after each phase", low=0)
+    dir: str | None = field(
+        None, "where they go, such as gs://bucket/run; null: checkpoints/ in the run folder"
+    )
     keep_last: int = field(2, "newest checkpoints that are kept", low=1)
+    keep_every: int = field(0, "and those after every so many RL steps; 0: none", low=0)
+    keep_best: int = field(
+        0, "and the best evaluations', which are saved at once, so many; 0: none", low=0
+    )
+    best_metric: str | None = field(
+        None, "what the best have most of; default: eval/<task>/avg_at_k"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,22 +14,28 @@ import numpy as np
 from deltal_jax.analysis.accuracy import monotonicity
 from deltal_jax.analysis.report import write_report
 from deltal_jax.backend import enable_compile_cache
+from deltal_jax.checkpoints.manifest import Position
 from deltal_jax.errors import UserError
-from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics
+from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics, metrics_size
 from deltal_jax.model.architecture import attention_work
 from deltal_jax.model.lora import overlay
 from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.tasks.base import close
 from deltal_jax.tasks.grading import Reward, RewardFunction, as_rewards
-from deltal_jax.training import run_folder
 from deltal_jax.training.ahead import Ahead, open_batches
 from deltal_jax.training.buckets import make_buckets, make_minibatches, padding_fraction
-from deltal_jax.training.checkpoint import Checkpoints, Position
 from deltal_jax.training.collect import Collected, RolloutStream
 from deltal_jax.training.objective import minibatch_ids, reject, weigh
 from deltal_jax.training.optimizer import learning_rate
-from deltal_jax.training.run import Run, check_profile, choose_rewards, create_run, reopen_run
+from deltal_jax.training.run import (
+    Run,
+    check_profile,
+    choose_rewards,
+    create_run,
+    open_checkpoints,
+    reopen_run,
+)
 from deltal_jax.training.setup import Setup, init_params, make_engine, make_update
 from deltal_jax.training.sft import demonstration_batches
 from deltal_jax.training.step import NonFiniteLoss, Update
@@ -93,8 +99,8 @@ def train(
     config = setup.config
     wanted = choose_rewards(config, wanted)
     check_profile(profile, config)
-    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep_last)
-    newest = checkpoints.newest() if resume else None
+    checkpoints = open_checkpoints(folder, setup, display, resume=resume)
+    newest = checkpoints.choose(metrics_size(folder)) if resume else None
     position = Position("sft", 0, 0, 0) if newest is None else checkpoints.read_position(newest)
     writer = MetricsWriter(
         folder, keep_bytes=position.metrics_bytes, tensorboard=config.run.tensorboard
@@ -105,11 +111,12 @@ def train(
     try:
         with run.interruptible():
             step, status = _run_phases(run, newest, position)
+        run.settle(step)
     finally:
         display.stop()
         close(setup.task)
-        writer.close()
         checkpoints.close()
+        writer.close()
     return _finish(run, step, status, time.monotonic() - started)
 
 
@@ -212,6 +219,7 @@ def _reinforce(
             accuracy = run.evaluate(evaluator, state, step)
         saving = 0.0
         due = config.checkpoint.every and step % config.checkpoint.every == 0
+        due = due or run.improved(step)
         if due or step == config.rl.steps or run.stop_requested:
             saving = run.save(state, "rl", step, batches)
         shown = {

@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
+from deltal_jax.checkpoints.disk import checksum
+from deltal_jax.checkpoints.manifest import Position
+from deltal_jax.checkpoints.retention import Keep
+from deltal_jax.checkpoints.store import Checkpoints, SaveError
 from deltal_jax.config import Config, dump_config, load_config
 from deltal_jax.errors import UserError
 from deltal_jax.metrics import MetricsWriter
@@ -24,7 +29,6 @@ from deltal_jax.tasks.files import load_rewards, pin_files
 from deltal_jax.tasks.grading import Reward, as_rewards
 from deltal_jax.training import run_folder
 from deltal_jax.training.ahead import Ahead
-from deltal_jax.training.checkpoint import Checkpoints, Position
 from deltal_jax.training.collect import OVERLONG, RolloutStream
 from deltal_jax.training.describe import describe_model, describe_sampling, describe_task, formula
 from deltal_jax.training.evaluate import evaluate, samples_name, write_samples
@@ -55,6 +59,8 @@ class Run:
     profile: tuple[int, int] | None
     #: Counters and running statistics that a resumed run needs, by name; plain JSON.
     running: dict[str, Any] = dataclasses.field(default_factory=dict)
+    #: What the last evaluation found, and after which RL step.
+    evaluated: tuple[int, dict[str, float]] = (-1, {})
     stop_requested: bool = False
     tracing: bool = False
 
@@ -65,8 +71,11 @@ class Run:
         step: int,
         batches: RolloutStream | Ahead | None = None,
     ) -> float:
-        """Save a checkpoint after `step` finished steps of a phase, with where the source of
-        batches is, if there is one yet; returns the seconds it took."""
+        """Begin a checkpoint after `step` finished steps of a phase, with where the source of
+        batches is, if there is one yet; returns the seconds it took until training may go on.
+
+        Raises TrainingError where it, or the one before it, cannot be saved.
+        """
         started = time.perf_counter()
         number = step + (self.setup.config.sft.steps if phase == "rl" else 0)
         next_prompt = 0 if batches is None else batches.next_prompt
@@ -74,8 +83,35 @@ class Run:
             phase, step, next_prompt, self.writer.bytes_written, copy.deepcopy(self.running)
         )
         rollouts = None if batches is None else batches.saved()
-        self.checkpoints.save(number, state, position, rollouts)
+        try:
+            self.checkpoints.save(
+                number,
+                state,
+                position,
+                rollouts,
+                metrics=self._found(step) if phase == "rl" else {},
+                before=self.writer.sync,
+            )
+        except SaveError as error:
+            raise self.stopped({"sft": "warm-up", "rl": "RL"}[phase], step, error) from error
         return time.perf_counter() - started
+
+    def settle(self, step: int) -> None:
+        """Wait for the last checkpoint. Raises TrainingError where it could not be saved."""
+        try:
+            self.checkpoints.wait()
+        except SaveError as error:
+            raise self.stopped("RL", step, error) from error
+
+    def improved(self, step: int) -> bool:
+        """Whether the evaluation after this RL step, if there was one, is among the best so far of
+        those to be kept."""
+        found = self._found(step)
+        return bool(found) and self.checkpoints.among_best(found)
+
+    def _found(self, step: int) -> dict[str, float]:
+        """What an evaluation after this RL step found; empty where there was none."""
+        return self.evaluated[1] if self.evaluated[0] == step else {}
 
     def evaluate(self, engine: RolloutEngine, state: TrainState, step: int) -> float:
         """Evaluate on the held-out problems, write and say what was found; returns the accuracy."""
@@ -83,6 +119,7 @@ class Run:
         result = evaluate(self.setup, engine, state.params, state.key)
         seconds = {"time/evaluate": time.perf_counter() - clock}
         self.writer.write(step, "eval", result.metrics | seconds)
+        self.evaluated = step, result.metrics
         config = self.setup.config.evaluate
         write_samples(self.folder / run_folder.SAMPLES, samples_name(step), result, config.rows)
         prefix = f"eval/{self.setup.task.name}/"
@@ -248,6 +285,31 @@ def reopen_run(
     if saved is None:  # it was ended before it had them
         save_model_files(setup, folder / run_folder.MODEL)
     return folder, setup
+
+
+def open_checkpoints(
+    folder: Path, setup: Setup, display: ProgressDisplay, *, resume: bool
+) -> Checkpoints:
+    """Those of a run, to be written. Raises UserError where a new run would write among others'."""
+    config = setup.config.checkpoint
+    where = run_folder.checkpoints_folder(folder, setup.config)
+    if not resume and where.is_dir() and any(where.iterdir()):
+        raise UserError(f"checkpoint.dir: {where} is not empty; name another folder")
+    keep = Keep(
+        config.keep_last,
+        config.keep_every,
+        config.keep_best,
+        config.best_metric or f"eval/{setup.task.name}/avg_at_k",
+    )
+    model = folder / run_folder.MODEL
+    origin = {
+        "config": run_folder.fixed_fields(setup.config),
+        "data": data_fingerprint(setup.task),
+        "tokenizer": {
+            path.name: f"{checksum(epath.Path(path))[1]:08x}" for path in sorted(model.iterdir())
+        },
+    }
+    return Checkpoints(where, keep, origin=origin, say=display.say)
 
 
 def choose_rewards(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from etils import epath
 
 from deltal_jax.config import Config, dump_config, load_config
 from deltal_jax.errors import UserError
@@ -91,7 +92,9 @@ def reopen_run_folder(
     changes = {key: value for key, value in overrides.items() if key != "run.dir"}
     config = load_config(folder / CONFIG, {**changes, "run.dir": str(folder)})
     before, after = (_flat(dataclasses.asdict(c)) for c in (stored, config))
-    fixed = ["rl.steps"] if stored.rl.optimizer.schedule != "constant" else []
+    fixed = ["checkpoint.dir"]
+    if stored.rl.optimizer.schedule != "constant":
+        fixed.append("rl.steps")
     if stored.model.path is None or config.model.path is None:
         fixed.append("model.path")
     if stored.rollout.partial:  # how far a response comes in a step depends on them
@@ -107,6 +110,17 @@ def reopen_run_folder(
                 f"{after[key]!r}; start a new run instead"
             )
     return folder, config
+
+
+def fixed_fields(config: Config) -> dict[str, Any]:
+    """The fields that a resumed run may not change, by name."""
+    fields = _flat(dataclasses.asdict(config))
+    return {name: value for name, value in fields.items() if not name.startswith(CHANGEABLE)}
+
+
+def checkpoints_folder(folder: Path, config: Config) -> epath.Path:
+    """Where the checkpoints of a run are, which may be remote."""
+    return epath.Path(config.checkpoint.dir or folder / CHECKPOINTS)
 
 
 def model_files(folder: Path) -> Path | None:

@@ -4,6 +4,7 @@ folder under a config."""
 import contextlib
 import dataclasses
 import functools
+import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +12,14 @@ from typing import Any, Literal
 import jax
 
 from deltal_jax.backend import enable_compile_cache
+from deltal_jax.checkpoints.manifest import Position
+from deltal_jax.checkpoints.reader import SavedSteps, abstract_state
 from deltal_jax.config import ModelConfig, load_config
 from deltal_jax.config.rules import SHAPE
 from deltal_jax.errors import UserError
 from deltal_jax.model import huggingface
 from deltal_jax.model.lora import overlay
 from deltal_jax.training import run_folder
-from deltal_jax.training.checkpoint import Checkpoints, Position, abstract_state
 from deltal_jax.training.setup import (
     Setup,
     abstract_trained,
@@ -60,19 +62,16 @@ def load_steps(
     enable_compile_cache()
     run_folder.load_run_config(folder)
     config = load_config(folder / run_folder.CONFIG, overrides)
-    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep_last)
-    try:
-        numbers = _numbers(folder, checkpoints, steps, config.sft.steps)
-        setup = make_setup(config, run_folder.model_files(folder))
-        changed = [name for name in overrides if name.split(".")[0] == "task"]
-        if changed:
-            _check_words(setup, ", ".join(changed))
-        for number in numbers:
-            position = checkpoints.read_position(number)
-            state = restore_state(checkpoints, number, setup, position)
-            yield Trained(setup, state.params, state.key, position)
-    finally:
-        checkpoints.close()
+    checkpoints = SavedSteps(run_folder.checkpoints_folder(folder, config))
+    numbers = _numbers(folder, checkpoints, steps, config.sft.steps)
+    setup = make_setup(config, run_folder.model_files(folder))
+    changed = [name for name in overrides if name.split(".")[0] == "task"]
+    if changed:
+        _check_words(setup, ", ".join(changed))
+    for number in numbers:
+        position = checkpoints.read_position(number)
+        state = restore_state(checkpoints, number, setup, position)
+        yield Trained(setup, state.params, state.key, position)
 
 
 def load_pretrained(path: str, experiment: str, overrides: dict[str, Any]) -> Trained:
@@ -99,13 +98,16 @@ def root_key(seed: int) -> jax.Array:
     return jax.random.key(seed, impl="threefry2x32")
 
 
-def _numbers(folder: Path, checkpoints: Checkpoints, steps: Steps, warm_up: int) -> list[int]:
+def _numbers(folder: Path, checkpoints: SavedSteps, steps: Steps, warm_up: int) -> list[int]:
     """The numbers of the checkpoints after these RL steps."""
-    newest, found = checkpoints.newest(), [n - warm_up for n in checkpoints.all()]
-    if newest is None:
+    found = [number - warm_up for number in checkpoints.all()]
+    if not found:
         raise UserError(f"{folder}: no checkpoint yet")
     if steps is None:
-        return [newest]
+        newest, damaged = checkpoints.newest_intact()
+        for number, what in damaged.items():
+            print(f"note: checkpoint {number} is damaged: {what}", file=sys.stderr)
+        return [] if newest is None else [newest]
     known = [step for step in found if step >= 0]
     for step in () if steps == "all" else steps:
         if step not in known:
@@ -130,7 +132,7 @@ def _check_words(setup: Setup, fields: str) -> None:
 
 
 def restore_state(
-    checkpoints: Checkpoints, number: int, setup: Setup, position: Position
+    checkpoints: SavedSteps, number: int, setup: Setup, position: Position
 ) -> TrainState:
     """The state of a checkpoint. Frozen parameters, which are not in it, come from `model.path`."""
     state = checkpoints.read_state(number, like_saved(setup, position.phase))

@@ -8,8 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from deltal_jax.checkpoints.manifest import Position
+from deltal_jax.checkpoints.reader import abstract_state
+from deltal_jax.checkpoints.retention import Keep
+from deltal_jax.checkpoints.store import Checkpoints
 from deltal_jax.errors import UserError
-from deltal_jax.training.checkpoint import Checkpoints, Position, abstract_state
 from deltal_jax.types import TrainState
 
 
@@ -79,7 +82,7 @@ def test_frozen_parameters_are_not_saved_nor_asked_for(tmp_path):
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "c", keep_last=2)
+    checkpoints = Checkpoints(tmp_path / "c", Keep(last=2))
     for number in (1, 2, 5):
         checkpoints.save(number, state(), POSITION)
     checkpoints.close()

@@ -1,0 +1,71 @@
+"""What a checkpoint needs of a file system, over paths that may be remote."""
+
+import os
+import zlib
+from collections.abc import Callable, Iterator
+
+from etils import epath
+
+#: Bytes of one read.
+CHUNK = 2**22
+
+
+def is_local(path: epath.Path) -> bool:
+    """Whether it lies on a file system of this machine: there are renames and fsync."""
+    return "://" not in os.fspath(path)
+
+
+def files_under(folder: epath.Path) -> Iterator[tuple[str, epath.Path]]:
+    """Every file below a folder, by its name relative to it."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        if path.is_dir():
+            for name, file in files_under(path):
+                yield f"{path.name}/{name}", file
+        else:
+            yield path.name, path
+
+
+def checksum(path: epath.Path) -> tuple[int, int]:
+    """Size and CRC-32 of a file.
+
+    CRC-32 finds every burst of errors up to 32 bits, so every flipped byte, and others but for one
+    in 2^32. Of the standard library only Adler-32, which is weak on small files, was faster (2.7
+    and 3.4 GB/s; SHA-256, which nobody needs against accidents, 1.6); all release the GIL.
+    """
+    size = crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return size, crc
+
+
+def sync(path: epath.Path) -> None:
+    """Have a file, or the names in a folder, survive a power failure. An object store's do."""
+    if not is_local(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folders(folder: epath.Path) -> None:
+    """`sync` a folder and all below it."""
+    if is_local(folder):
+        for path, _, _ in os.walk(folder):
+            sync(epath.Path(path))
+
+
+def replace(path: epath.Path, content: bytes, almost: Callable[[], None]) -> None:
+    """Write a file that is whole or not there; calls `almost` right before it is."""
+    if not is_local(path):  # an object is there when it is whole
+        almost()
+        path.write_bytes(content)
+        return
+    temporary = path.parent / f".{path.name}.tmp"
+    temporary.write_bytes(content)
+    sync(temporary)
+    almost()
+    temporary.rename(path)
+    sync(path.parent)
