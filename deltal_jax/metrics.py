@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltal_jax.errors import UserError
+from deltal_jax.guard.failpoints import die, fails
 
 FILE_NAME = "metrics.jsonl"
 
@@ -41,8 +42,12 @@ class MetricsWriter:
     def write(self, step: int, phase: str, metrics: dict[str, float]) -> None:
         """Append one line and flush it."""
         values = {name: finite(value) for name, value in metrics.items()}
-        line = json.dumps({"step": step, "phase": phase, **values})
-        self._file.write(line.encode() + b"\n")
+        line = json.dumps({"step": step, "phase": phase, **values}).encode()
+        if fails("metrics.append"):
+            self._file.write(line[: len(line) // 2])
+            self._file.flush()
+            die()
+        self._file.write(line + b"\n")
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in values.items():

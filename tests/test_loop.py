@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import optax
 import pytest
 
 from deltal_jax import Reward, TrainingError, train
-from deltal_jax.checkpoints.reader import SavedSteps
 from deltal_jax.cli.main import main
 from deltal_jax.config import load_config
 from deltal_jax.errors import UserError
@@ -26,10 +24,10 @@ from deltal_jax.metrics import load_metrics
 from deltal_jax.training.collect import RolloutStream
 from deltal_jax.training.loop import rollout_logprobs, update_policy
 from deltal_jax.training.objective import make_loss
-from deltal_jax.training.run_folder import CHECKPOINTS, load_run_config, model_files
+from deltal_jax.training.run_folder import load_run_config
 from deltal_jax.training.setup import init_params, make_engine, make_setup
 from deltal_jax.training.step import Update
-from deltal_jax.training.trained import like_saved, load_trained
+from deltal_jax.training.trained import load_trained
 
 #: Two numbers, one layer: learns in seconds, on the same code path as the real experiment.
 SMALL = {
@@ -86,17 +84,6 @@ def timeless(path):
     """Metric lines without clocks."""
     lines = load_metrics(path / "metrics.jsonl")
     return [{k: v for k, v in x.items() if not k.startswith(CLOCKS)} for x in lines]
-
-
-def saved(path, number):
-    """The state in a checkpoint of the RL phase."""
-    setup = make_setup(load_run_config(path), model_files(path))
-    state = SavedSteps(path / CHECKPOINTS).read_state(number, like_saved(setup, "rl"))
-    return dataclasses.replace(
-        state,
-        params=jax.tree.map(np.asarray, state.params),
-        reference=jax.tree.map(np.asarray, state.reference),
-    )
 
 
 def parameters(path):
@@ -245,69 +232,6 @@ def test_metric_lines_have_the_standard_names(learned):
     assert last["mismatch/logprob_diff_max"] < 1e-4
     assert last["policy/ratio_max"] == pytest.approx(1.0, abs=1e-4)
     assert last["optim/lr"] == pytest.approx(1e-3)
-
-
-def test_two_steps_and_two_more_are_four_steps_bit_for_bit(tmp_path):
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    train("countdown-tiny", RESUMABLE | {"run.dir": str(whole)}, quiet=True)
-    train("countdown-tiny", RESUMABLE | {"run.dir": str(halves), "rl.steps": 2}, quiet=True)
-    resumed = train(None, {"run.dir": str(halves), "rl.steps": 4}, resume=True, quiet=True)
-    assert resumed.step == 4 and resumed.status == "done"
-    assert timeless(halves) == timeless(whole)
-    jax.tree.map(np.testing.assert_array_equal, parameters(halves), parameters(whole))
-    start, end, resumed_end = saved(whole, 3), saved(whole, 7), saved(halves, 7)
-    for state in (start, end, resumed_end):  # the reference stays the model as RL began
-        jax.tree.map(np.testing.assert_array_equal, state.reference, start.params)
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), end.params, start.params)
-    assert max(jax.tree.leaves(moved)) > 1e-4
-    kl = [x["policy/kl"] for x in load_metrics(halves / "metrics.jsonl") if x["phase"] == "rl"]
-    assert min(kl) >= 0 and kl[0] < kl[-1] and kl[-1] > 1e-5
-    for name in ("step-000002.jsonl", "step-000004.jsonl"):
-        assert (halves / "samples" / name).read_text() == (whole / "samples" / name).read_text()
-    assert not (whole / CHECKPOINTS / "7" / "rollouts").exists()
-    again = train(None, {"run.dir": str(halves)}, resume=True, quiet=True)
-    assert again.step == 4
-    assert timeless(halves) == timeless(whole)
-
-
-def rough_reward(prompts, responses, answers):
-    """Equal within some groups and not in others."""
-    return [float(len(response) // 60) for response in responses]
-
-
-#: What a step leaves to the next: responses that have begun, and a batch sampled ahead.
-LEAVING = {
-    "rollout.dynamic_sampling": "reward",
-    "rollout.oversampling": 2.0,
-    "rollout.partial": True,
-}
-
-
-@pytest.mark.parametrize(
-    ("options", "left"),
-    [(LEAVING, {"carried"}), (LEAVING | {"rollout.ahead": 1}, {"carried", "pending"})],
-    ids=["partial", "ahead"],
-)
-def test_a_run_that_died_goes_on_bit_for_bit_with_what_it_had_sampled(options, left, tmp_path):
-    whole, died = tmp_path / "whole", tmp_path / "died"
-    options = RESUMABLE | options | {"checkpoint.every": 2, "evaluate.every": 0}
-    rewards = [Reward(rough_reward)]
-    train("countdown-tiny", options | {"run.dir": str(whole)}, rewards=rewards, quiet=True)
-    shutil.copytree(whole, died)
-    shutil.rmtree(died / CHECKPOINTS / "7")
-    train(None, {"run.dir": str(died)}, rewards=rewards, resume=True, quiet=True)
-    assert timeless(died) == timeless(whole)
-    jax.tree.map(np.testing.assert_array_equal, parameters(died), parameters(whole))
-    checkpoints = SavedSteps(whole / CHECKPOINTS)
-    rollouts, position = checkpoints.read_rollouts(5), checkpoints.read_position(5)
-    assert rollouts.keys() == left
-    assert rollouts["carried"]["prompts"]["positions"][-1] == position.next_prompt - 1
-    lines = [x for x in load_metrics(whole / "metrics.jsonl") if x["phase"] == "rl"]
-    assert max(line["rollout/rounds"] for line in lines) > 1
-    assert max(line["rollout/stale_frac"] for line in lines) > 0
-    if "pending" in left:
-        assert [line["rollout/staleness"] for line in lines] == [0, 4, 4, 4]
-        assert max(line["mismatch/logprob_diff_max"] for line in lines[1:]) > 1e-4
 
 
 def test_a_resumed_run_refuses_what_would_change_it(tmp_path):

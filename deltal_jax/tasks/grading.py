@@ -2,6 +2,7 @@
 zero."""
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Callable, Sequence
@@ -18,6 +19,9 @@ from deltal_jax.tasks.mixture import Mixture
 MISSING: tuple[Missing | None, ...] = (None, *typing.get_args(Missing))
 #: `fn(prompts, responses, answers) -> rewards`, one number or None (missing) a response.
 RewardFunction = Callable[[list[str], list[str], list[Any]], Sequence[float | None]]
+#: `journal(pairs, judge) -> verdicts` on (response, answer) pairs: those that it knows, or else
+#: what `judge()` says.
+Journal = Callable[[Sequence[tuple[str, Any]], Callable[[], list[Verdict]]], list[Verdict]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +83,7 @@ def grade(
     responses: Sequence[str],
     rewards: Sequence[Reward | str] = ("task",),
     early: Sequence[Future[Verdict] | None] = (),
+    journal: Journal | None = None,
 ) -> Grades:
     """Verify every response and total its rewards: Σ weight·reward, missing if any part is missing.
 
@@ -86,7 +91,9 @@ def grade(
     that somebody began to ask for before; others are None.
     """
     asked = zip(problems, responses, strict=True)
-    verdicts = _verdicts(task, [(response, known.answer) for known, response in asked], early)
+    pairs = [(response, known.answer) for known, response in asked]
+    judge = functools.partial(_verdicts, task, pairs, early)
+    verdicts = judge() if journal is None else journal(pairs, judge)
     parts: dict[str, np.ndarray] = {}
     taken = [task.name, *(task.parts if isinstance(task, Mixture) else ())]
     for item in rewards:

@@ -19,6 +19,7 @@ from deltal_jax.training.collect import (
     load_carried,
     load_collected,
 )
+from deltal_jax.training.journal import VerdictJournal
 from deltal_jax.training.setup import Setup, make_engine
 
 
@@ -29,13 +30,15 @@ def open_batches(
     *,
     next_prompt: int,
     rollouts: dict[str, Any],
+    journal: VerdictJournal | None = None,
 ) -> "AbstractContextManager[RolloutStream | Ahead]":
     """The batches of RL, from a position of the training stream on. `rollouts`: what `saved` gave
     at that position; empty where it gave nothing."""
     config = setup.config
     engine = make_engine(setup, temperature=config.rollout.temperature, training=True)
     carried = load_carried(rollouts["carried"]) if "carried" in rollouts else None
-    stream = RolloutStream(setup, engine, key, rewards, next_prompt=next_prompt, carried=carried)
+    where: dict[str, Any] = {"next_prompt": next_prompt, "carried": carried}
+    stream = RolloutStream(setup, engine, key, rewards, **where, journal=journal)
     if not config.rollout.ahead:
         return nullcontext(stream)
     pending = load_collected(rollouts["pending"]) if "pending" in rollouts else None

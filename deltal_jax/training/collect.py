@@ -17,6 +17,7 @@ from jaxtyping import Int
 
 from deltal_jax.data.prompts import Drop, problems_at
 from deltal_jax.errors import UserError
+from deltal_jax.guard.failpoints import fail_point
 from deltal_jax.rollout.base import Finished, RolloutEngine
 from deltal_jax.rollout.results import assemble, begin, join, take
 from deltal_jax.rollout.schedule import RolloutStats
@@ -32,6 +33,7 @@ from deltal_jax.training.groups import (
     rows_of,
     take_groups,
 )
+from deltal_jax.training.journal import VerdictJournal
 from deltal_jax.training.setup import Setup, draw_training
 from deltal_jax.types import Prompts, Responses, Rollout
 
@@ -91,8 +93,9 @@ class RolloutStream:
         *,
         next_prompt: int = 0,
         carried: Responses | None = None,
+        journal: VerdictJournal | None = None,
     ):
-        self.setup, self.engine = setup, engine
+        self.setup, self.engine, self._journal = setup, engine, journal
         self.next_prompt, self.carried = next_prompt, carried
         # A copy: the state that it is part of is given away to every update.
         self._key, self._rewards = jnp.copy(key), rewards
@@ -148,6 +151,7 @@ class RolloutStream:
             metrics["overlap/verdicts_early"] = found.early / len(groups.rewards)
         metrics["time/reward"] = found.grading
         metrics["time/rollout"] = time.perf_counter() - started - found.grading
+        fail_point("rollout")
         return Collected(batch.positions, batch.rollout, batch.rewards, metrics)
 
     def saved(self) -> dict[str, Any]:
@@ -164,7 +168,7 @@ class RolloutStream:
             found.rounds.append(self._sample(params, missing, share, step, len(found.rounds)))
             clock = time.perf_counter()
             while count := min(wanted - sum(found.good), self._ready()):
-                groups = self._grade(self._pop(count), found)
+                groups = self._grade(self._pop(count), found, step)
                 found.parts.append(groups)
                 found.good += self._good(groups).tolist()
             found.grading += time.perf_counter() - clock
@@ -266,7 +270,7 @@ class RolloutStream:
             found["data/epoch"] = self.next_prompt / files[self.setup.task.name].rows()
         return found if files or left_out else {}
 
-    def _grade(self, responses: Responses, found: _Gathered) -> Groups:
+    def _grade(self, responses: Responses, found: _Gathered, step: int) -> Groups:
         rollout, positions = assemble(responses), responses.prompts.positions
         problems = problems_at(self.setup.task, self.setup.config.seed, positions)
         asked = [problems[group] for group in rollout.group_ids]
@@ -275,7 +279,8 @@ class RolloutStream:
         if self._early is not None:
             early = [self._early.find(*of) for of in zip(each.tolist(), texts, strict=True)]
             found.early += sum(verdict is not None and verdict.done() for verdict in early)
-        grades = grade(self.setup.task, asked, texts, self._rewards, early)
+        journal = None if self._journal is None else self._journal.of("rl", step + 1)
+        grades = grade(self.setup.task, asked, texts, self._rewards, early, journal)
         shaped, parts = self._shape(grades, rollout)
         return Groups(each, rollout, shaped, grades.correct, parts, grades.missing)
 

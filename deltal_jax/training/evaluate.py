@@ -20,7 +20,7 @@ from deltal_jax.analysis.accuracy import (
 from deltal_jax.analysis.statistics import bootstrap_intervals
 from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.tasks.base import Problem
-from deltal_jax.tasks.grading import MISSING, Grades, grade
+from deltal_jax.tasks.grading import MISSING, Grades, Journal, grade
 from deltal_jax.training.collect import response_texts
 from deltal_jax.training.groups import rows_of
 from deltal_jax.training.setup import Setup, encode_problems
@@ -37,7 +37,13 @@ class Evaluation:
     rows: list[dict[str, Any]]
 
 
-def evaluate(setup: Setup, engine: RolloutEngine, params: Any, key: jax.Array) -> Evaluation:
+def evaluate(
+    setup: Setup,
+    engine: RolloutEngine,
+    params: Any,
+    key: jax.Array,
+    journal: Journal | None = None,
+) -> Evaluation:
     """Sample k responses to every held-out problem and judge them.
 
     The same random numbers serve every evaluation of a run, so that two of them differ by the
@@ -54,7 +60,7 @@ def evaluate(setup: Setup, engine: RolloutEngine, params: Any, key: jax.Array) -
     )
     responses = response_texts(setup, rollout)
     asked = [problems[group] for group in rollout.group_ids]
-    grades = grade(setup.task, asked, responses)
+    grades = grade(setup.task, asked, responses, journal=journal)
     lengths = rollout.response_lengths
     metrics: dict[str, float] = {}
     sets = data_sets(setup.task.name, problems)

@@ -16,16 +16,20 @@ from deltal_jax.analysis.report import write_report
 from deltal_jax.backend import enable_compile_cache
 from deltal_jax.checkpoints.manifest import Position
 from deltal_jax.errors import UserError
+from deltal_jax.guard.failpoints import fail_point
 from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics, metrics_size
 from deltal_jax.model.architecture import attention_work
 from deltal_jax.model.lora import overlay
 from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.tasks.base import close
+from deltal_jax.tasks.early import EarlyVerdicts
 from deltal_jax.tasks.grading import Reward, RewardFunction, as_rewards
+from deltal_jax.training import run_folder
 from deltal_jax.training.ahead import Ahead, open_batches
 from deltal_jax.training.buckets import make_buckets, make_minibatches, padding_fraction
 from deltal_jax.training.collect import Collected, RolloutStream
+from deltal_jax.training.journal import VerdictJournal
 from deltal_jax.training.objective import minibatch_ids, reject, weigh
 from deltal_jax.training.optimizer import learning_rate
 from deltal_jax.training.run import (
@@ -106,7 +110,10 @@ def train(
         folder, keep_bytes=position.metrics_bytes, tensorboard=config.run.tensorboard
     )
     running = position.running
-    run = Run(folder, setup, wanted, writer, checkpoints, display, profile, running)
+    journal = None
+    if EarlyVerdicts.serves(setup.task):
+        journal = VerdictJournal(folder / run_folder.VERDICTS, write=jax.process_index() == 0)
+    run = Run(folder, setup, wanted, writer, checkpoints, display, profile, journal, running)
     run.announce(newest, position)
     try:
         with run.interruptible():
@@ -141,9 +148,8 @@ def _run_phases(run: Run, newest: int | None, position: Position) -> tuple[int, 
         if run.stop_requested:
             raise _Interrupted(step)
         rollouts = {} if newest is None else run.checkpoints.read_rollouts(newest)
-        with open_batches(
-            setup, state.key, run.rewards, next_prompt=position.next_prompt, rollouts=rollouts
-        ) as batches:
+        where: dict[str, Any] = {"next_prompt": position.next_prompt, "rollouts": rollouts}
+        with open_batches(setup, state.key, run.rewards, **where, journal=run.journal) as batches:
             step = _reinforce(run, policy, batches, evaluator, state, step)
     except _Interrupted as interrupt:
         return int(interrupt.args[0]), "interrupted"
@@ -276,6 +282,7 @@ def update_policy(
     for _ in range(config.rl.epochs_per_rollout):
         for buckets in minibatches:
             state, report = update(state, buckets)
+            fail_point("update")
             reports.append(report)
     meters = reports[0].meters
     for report in reports[1:]:

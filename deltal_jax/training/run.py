@@ -32,6 +32,7 @@ from deltal_jax.training.ahead import Ahead
 from deltal_jax.training.collect import OVERLONG, RolloutStream
 from deltal_jax.training.describe import describe_model, describe_sampling, describe_task, formula
 from deltal_jax.training.evaluate import evaluate, samples_name, write_samples
+from deltal_jax.training.journal import VerdictJournal
 from deltal_jax.training.setup import (
     Setup,
     check_setup,
@@ -57,6 +58,8 @@ class Run:
     checkpoints: Checkpoints
     display: ProgressDisplay
     profile: tuple[int, int] | None
+    #: None where verdicts are this process's own, and the same again.
+    journal: VerdictJournal | None = None
     #: Counters and running statistics that a resumed run needs, by name; plain JSON.
     running: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: What the last evaluation found, and after which RL step.
@@ -83,6 +86,9 @@ class Run:
             phase, step, next_prompt, self.writer.bytes_written, copy.deepcopy(self.running)
         )
         rollouts = None if batches is None else batches.saved()
+        if self.journal is not None and (complete := self.checkpoints.all()):
+            # From the last but one on: the last may turn out to be damaged.
+            self.journal.drop(complete[-2:][0] - self.setup.config.sft.steps)
         try:
             self.checkpoints.save(
                 number,
@@ -116,7 +122,8 @@ class Run:
     def evaluate(self, engine: RolloutEngine, state: TrainState, step: int) -> float:
         """Evaluate on the held-out problems, write and say what was found; returns the accuracy."""
         clock = time.perf_counter()
-        result = evaluate(self.setup, engine, state.params, state.key)
+        journal = None if self.journal is None else self.journal.of("eval", step)
+        result = evaluate(self.setup, engine, state.params, state.key, journal)
         seconds = {"time/evaluate": time.perf_counter() - clock}
         self.writer.write(step, "eval", result.metrics | seconds)
         self.evaluated = step, result.metrics

@@ -16,6 +16,7 @@ CONFIG = "config.yaml"
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+VERDICTS = "verdicts"
 SUMMARY = "summary.json"
 RUNS = "runs"
 

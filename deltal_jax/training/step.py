@@ -121,6 +121,9 @@ class Update:
         self.mesh = mesh
         self.moment_dtype = moment_dtype
         shards = 1 if mesh is None else row_shards(mesh)
+        # Said of all that is made here, as it is of what is restored: to JAX these are programs of
+        # their own, and a resumed run would compile all of them anew.
+        self._device = None if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
         def gradient(params: Any, bucket: Bucket) -> Gradient:
             def loss(part: Any) -> tuple[Array, Meters]:
@@ -153,7 +156,7 @@ class Update:
         self.logprobs = self._jit(
             lambda params, bucket: bucket_logprobs(graphdef, params, bucket, terms, shards)[0]
         )
-        self._zero = jax.jit(zero)
+        self._zero = jax.jit(zero, out_shardings=self._device)
         self.apply = jax.jit(self._apply, donate_argnums=0)
         #: One micro-batch and its optimizer step in one program; the metrics stay on the device.
         self.single = self._jit(single, donate_argnums=0)
@@ -183,7 +186,7 @@ class Update:
             opt_state = self._store(self.optimizer.init(widen(part)))
             return TrainState(params, opt_state, jnp.zeros((), jnp.int32), key, kept)
 
-        shardings = None
+        shardings = self._device
         if self.mesh is not None:
             shardings = state_shardings(self.mesh, jax.eval_shape(init, params))
         donated = (0,) if donate else ()
