@@ -41,6 +41,7 @@ CHANGEABLE = (
     "rollout.server.",
     "evaluate.",
     "checkpoint.",
+    "guard.",
 )
 
 
