@@ -65,12 +65,12 @@ def trained(monkeypatch):
     """A digest of every rollout that is trained on, by the number of updates before it."""
     update, seen = deltal_jax.training.loop.update_policy, {}
 
-    def recorded(setup, compiled, state, batch):
+    def recorded(setup, compiled, state, batch, *watch):
         digest = hashlib.sha256()
         for array in (batch.positions, batch.rewards, *vars(batch.rollout).values()):
             digest.update(np.ascontiguousarray(array).tobytes())
         seen.setdefault(int(state.updates), []).append(digest.hexdigest())
-        return update(setup, compiled, state, batch)
+        return update(setup, compiled, state, batch, *watch)
 
     monkeypatch.setattr(deltal_jax.training.loop, "update_policy", recorded)
     return seen
