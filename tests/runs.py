@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from deltal_jax.checkpoints.manifest import Position
 from deltal_jax.checkpoints.reader import SavedSteps
 from deltal_jax.metrics import load_metrics
 from deltal_jax.training.run_folder import CHECKPOINTS, SAMPLES, load_run_config, model_files
@@ -96,3 +97,11 @@ def assert_same(found: Path, wanted: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, array in theirs.items():
         assert ours[name].dtype == array.dtype and ours[name].tobytes() == array.tobytes(), name
+
+
+def newest_verified(run: Path) -> tuple[Position | None, dict[int, str]]:
+    """Where the newest checkpoint that is complete and intact goes on from, if there is one; and
+    what is wrong with those after it."""
+    saved = SavedSteps(run / CHECKPOINTS)
+    number, damaged = saved.newest_intact()
+    return None if number is None else saved.read_position(number), damaged

@@ -1,4 +1,4 @@
-"""Long checks that the suite has in small: `scripts/soak verifier`, `tasks` and `agreement`."""
+"""Long checks that the suite has in small: `scripts/soak verifier`, `tasks`, `agreement`, …"""
 
 import argparse
 import collections
@@ -119,6 +119,15 @@ def soak_tasks(count: int) -> dict:
     }
 
 
+def soak_kill(arguments: argparse.Namespace) -> dict:
+    """Runs of training that are killed; raises where one is not as if nobody had."""
+    from tests.kill import soak_kill  # imports all that trains
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = {name: getattr(arguments, name) for name in ("count", "processes", "steps")}
+        return soak_kill(Path(folder), **options, seed=arguments.seed)
+
+
 def _unlike_hostile(task: Task) -> Problem:
     """A problem whose answer no hostile response has by chance."""
     drawn = (task.problem(0, position) for position in range(100))
@@ -156,10 +165,18 @@ def main() -> int:
     verifier.add_argument("--timeout", type=float, default=1.0, help="seconds of one call")
     tasks = commands.add_parser("tasks", help="hostile responses, judged by the other tasks")
     tasks.add_argument("--count", type=int, default=10_000, help="hostile responses")
+    kill = commands.add_parser("kill", help="runs that are killed at any moment and go on")
+    kill.add_argument("--count", type=int, default=100, help="kills")
+    kill.add_argument("--processes", type=int, default=1, help="of each run")
+    kill.add_argument("--steps", type=int, default=24, help="of RL, of each run")
+    kill.add_argument("--seed", type=int, default=0, help="of the moments")
     commands.add_parser("agreement", help="verifiers and grammars against the tables of answers")
     arguments = parser.parse_args()
     if arguments.command == "agreement":
         print(agreement(), countdown_agreement(), sep="\n\n")
+        return 0
+    if arguments.command == "kill":
+        print(json.dumps(soak_kill(arguments)), flush=True)
         return 0
     if arguments.command == "tasks":
         print(json.dumps(soak_tasks(arguments.count)), flush=True)

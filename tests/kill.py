@@ -1,0 +1,305 @@
+"""A run that is killed again and again and goes on each time, beside one that nobody kills: they
+end alike.
+
+    scripts/soak kill --count 100 --processes 2
+
+Processes are forked from this one, which has imported what they need and started no backend: that
+halves what a restart costs. They are killed by SIGKILL, from outside at moments drawn with a seed,
+and by themselves at each fail-point.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import deltal_jax.training.loop  # noqa: F401 imported here once, not in every process
+from deltal_jax.checkpoints.reader import SavedSteps
+from deltal_jax.cli.main import main as deltal
+from deltal_jax.guard.failpoints import POINTS, VARIABLE
+from deltal_jax.training.run_folder import CHECKPOINTS
+from tests.runs import TINY, assert_same, newest_verified
+
+ROOT = Path(__file__).parent.parent
+#: Seconds after which a process that should have ended or died is a failure.
+PATIENCE = 900.0
+#: How often a byte of the newest checkpoint is damaged before a restart.
+FLIPS = 0.1
+#: Lines of metrics that a restart may write before it is killed, and seconds after the last.
+LINES, DELAY = 6, 0.3
+#: Everything that one step leaves to the next, and a checkpoint after every other step.
+OPTIONS = TINY | {
+    "rl.updates_per_rollout": 2,
+    "rl.optimizer.learning_rate": 1e-2,
+    "objective.kl_coefficient": 0.05,
+    "rollout.dynamic_sampling": "reward",
+    "rollout.oversampling": 2.0,
+    "rollout.partial": True,
+    "task.rewards": [f"{ROOT / 'tests' / 'runs.py'}:mixed_reward"],
+    "evaluate.every": 3,
+    "checkpoint.every": 2,
+    "checkpoint.keep_last": 2,
+}
+
+
+@dataclasses.dataclass
+class Soak:
+    """What is killed, and what came of it."""
+
+    folder: Path
+    processes: int
+    steps: int
+    rng: random.Random
+    #: How often a process died, by where: a fail-point, or what a random kill left half done.
+    kills: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    restarts: int = 0
+    #: Complete checkpoints that were damaged on purpose, and those that were found damaged.
+    flipped: set[tuple[str, int]] = dataclasses.field(default_factory=set)
+    damaged: set[tuple[str, int]] = dataclasses.field(default_factory=set)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        ahead = {"rollout.ahead": 1} if self.processes == 1 else {}
+        return OPTIONS | {"rl.steps": self.steps} | ahead
+
+
+@dataclasses.dataclass
+class Job:
+    """One start of a run: its processes, and where they say what they do."""
+
+    pids: list[int]
+    errors: list[Path]
+    codes: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def poll(self) -> dict[int, int]:
+        """The wait status of the processes that have ended."""
+        for number, pid in enumerate(self.pids):
+            if number not in self.codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                self.codes[number] = found[1]
+        return self.codes
+
+    def kill(self, number: int) -> None:
+        """A process with all that it has started, unless it has ended."""
+        if number not in self.poll():
+            os.killpg(self.pids[number], signal.SIGKILL)
+
+    def wait(self) -> list[int]:
+        """The wait status of all processes."""
+        until(lambda: len(self.poll()) == len(self.pids), self)
+        return [self.codes[number] for number in range(len(self.pids))]
+
+    def said(self) -> str:
+        return "\n".join(path.read_text(errors="replace") for path in self.errors)
+
+
+def until(done: Callable[[], bool], job: Job, seconds: float = PATIENCE) -> None:
+    """Wait; raises AssertionError with what the processes said if it takes too long."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            for number in range(len(job.pids)):
+                job.kill(number)
+            raise AssertionError(f"no end after {seconds:.0f} s:\n{job.said()[-4000:]}")
+        time.sleep(0.005)
+
+
+def fork(function: Callable[[], int], errors: Path, environment: dict[str, str]) -> int:
+    """Call `function` in a process, and a process group, of its own; its id."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX's: its threads begin with its backend
+        pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        for number, path in ((0, os.devnull), (1, os.devnull), (2, errors)):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+        os.environ |= environment
+        code = function()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def start(soak: Soak, run: Path, *, fail: str = "") -> Job:
+    """A new run, or the next part of one. `fail`: a fail-point and its visit."""
+    options = soak.options | {"run.dir": str(run)}
+    items = ["countdown-tiny", *(f"{key}={json.dumps(value)}" for key, value in options.items())]
+    if (run / "config.yaml").is_file():
+        items = [f"run.dir={run}", "--resume"]
+    job = Job([], [])
+    with socket.socket() as port:
+        port.bind(("localhost", 0))
+        address = f"localhost:{port.getsockname()[1]}"
+    for number in range(soak.processes):
+        environment = {VARIABLE: fail}
+        if soak.processes > 1:
+            environment |= {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(soak.processes),
+                "JAX_PROCESS_ID": str(number),
+            }
+        errors = run.with_name(f"{run.name}.{number}.stderr")
+        errors.unlink(missing_ok=True)
+        job.errors.append(errors)
+        job.pids.append(fork(lambda: deltal(["train", *items]), errors, environment))
+    return job
+
+
+def expected(soak: Soak, run: Path) -> str:
+    """What a restart has to say: the newest complete step, whose contents are verified here."""
+    if not (run / "config.yaml").is_file():
+        return ""
+    position, damaged = newest_verified(run)
+    soak.damaged |= {(run.name, number) for number in damaged}
+    return "" if position is None else f"resumed after {position.step} steps of {position.phase}"
+
+
+def resumed(job: Job) -> str:
+    """What a restart says."""
+    found = re.search(r"resumed after \d+ steps of \w+", job.errors[0].read_text(errors="replace"))
+    return found[0] if found else ""
+
+
+def last_line(run: Path) -> int:
+    """The last RL step of which there is a line of metrics."""
+    path = run / "metrics.jsonl"
+    text = path.read_text(errors="replace") if path.exists() else ""
+    steps = re.findall(r'^{"step": (\d+), "phase": "rl"', text, re.MULTILINE)
+    return int(steps[-1]) if steps else 0
+
+
+def begun(job: Job) -> bool:
+    """Whether process 0 has cut the metrics back, and goes on from there; or has ended."""
+    return bool(job.poll()) or "run folder: " in job.errors[0].read_text(errors="replace")
+
+
+def kill_somewhere(soak: Soak, run: Path, job: Job) -> bool:
+    """Kill a run at a random moment; whether it was still there."""
+    lines = soak.rng.randrange(LINES)
+    if lines:
+        until(lambda: begun(job), job)
+        first = last_line(run)
+        until(lambda: last_line(run) >= first + lines or bool(job.poll()), job)
+        time.sleep(soak.rng.uniform(0, DELAY))
+    else:  # also while it starts
+        time.sleep(soak.rng.uniform(0, 10 * DELAY))
+    alive = not job.poll()
+    victims = list(range(soak.processes))
+    if soak.processes > 1 and soak.rng.random() < 0.5:  # one of them: the others see to themselves
+        victim = soak.rng.choice(victims)
+        job.kill(victim)
+        until(lambda: len(job.poll()) == soak.processes, job)
+    for victim in victims:
+        job.kill(victim)
+    job.wait()
+    return alive
+
+
+def half_done(run: Path) -> str:
+    """What a killed run has left: where it was."""
+    found = {path.name: path for path in (run / CHECKPOINTS).glob("*")}
+    whole = {int(name) for name, path in found.items() if (path / "manifest.json").exists()}
+    half = {int(re.split(r"\D", name)[0]) for name in found if name[0].isdigit()} - whole
+    if half:
+        return "random, saving" if max(half) > max(whole, default=-1) else "random, deleting"
+    with contextlib.suppress(OSError):
+        if not (run / "metrics.jsonl").read_bytes().endswith(b"\n"):
+            return "random, starting or writing metrics"
+    return "random, between"
+
+
+def flip(soak: Soak, run: Path) -> None:
+    """Now and then damage a byte of the newest checkpoint, if it is whole and not the only one."""
+    steps = SavedSteps(run / CHECKPOINTS)
+    if len(steps.all()) < 2 or soak.rng.random() > FLIPS or newest_verified(run)[1]:
+        return
+    files = sorted(x for x in Path(steps.path(steps.all()[-1])).rglob("*") if x.is_file())
+    path = soak.rng.choice([x for x in files if x.stat().st_size])
+    content = bytearray(path.read_bytes())
+    content[soak.rng.randrange(len(content))] ^= 1 << soak.rng.randrange(8)
+    path.write_bytes(content)
+    soak.flipped.add((run.name, steps.all()[-1]))
+
+
+def kill_until_done(soak: Soak, run: Path, points: Iterator[str], count: int) -> None:
+    """Start a run, kill it, and again, until it is done; no more often than `count` in all."""
+    while True:
+        flip(soak, run)
+        wanted = expected(soak, run)
+        killing = soak.kills.total() < count
+        point = next(points, "") if killing else ""
+        job = start(soak, run, fail=point)
+        soak.restarts += bool(wanted)
+        alive = killing and not point and kill_somewhere(soak, run, job)
+        codes = job.wait()
+        done = not any(codes)
+        assert resumed(job) == wanted or (killing and not resumed(job)), job.said()[-4000:]
+        assert done or signal.SIGKILL in map(os.WTERMSIG, codes), job.said()[-4000:]
+        if done:
+            return
+        if point or alive:
+            soak.kills[point or half_done(run)] += 1
+
+
+def compare(run: Path, whole: Path) -> None:
+    """Raises AssertionError where two runs differ; in a process of its own, as it needs a
+    backend."""
+
+    def same() -> int:
+        assert_same(run, whole)
+        return 0
+
+    errors = run.with_name("compare.stderr")
+    status = os.waitpid(fork(same, errors, {}), 0)[1]
+    assert status == 0, errors.read_text()[-4000:]
+
+
+def soak_kill(
+    folder: Path, *, count: int, processes: int = 1, steps: int = 24, seed: int = 0
+) -> dict[str, Any]:
+    """Kill runs so often, first at every fail-point, then anywhere; what came of it.
+
+    Raises AssertionError where a restart goes on from another step than the newest complete one,
+    or where a run that was killed differs in the end from one that was not.
+    """
+    soak, started = Soak(folder, processes, steps, random.Random(seed)), time.monotonic()
+    whole, runs = folder / "whole", 0
+    assert not any(start(soak, whole).wait()), (folder / "whole.0.stderr").read_text()[-4000:]
+    points = iter(POINTS)
+    while soak.kills.total() < count:
+        runs += 1
+        run = folder / f"killed-{runs}"
+        kill_until_done(soak, run, points, count)
+        compare(run, whole)
+        assert soak.damaged == soak.flipped, f"{soak.damaged} is not {soak.flipped}"
+    return {
+        "processes": processes,
+        "runs": runs,
+        "steps_each": steps,
+        "kills": dict(soak.kills),
+        "killed": soak.kills.total(),
+        "restarts": soak.restarts,
+        "bytes_flipped": len(soak.flipped),
+        "damaged_steps": len(soak.damaged),
+        "all_equal_to_the_unkilled": True,
+        "seconds": round(time.monotonic() - started),
+    }
