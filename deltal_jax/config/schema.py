@@ -292,7 +292,9 @@ class GuardConfig:
         None, "RL steps that are kept so though nothing is wrong", low=1
     )
     mismatch_warn: float | None = field(
-        0.05, "mean |Δ log p| of a token between sampler and trainer that warns; null: none", low=0.0
+        0.05,
+        "mean |Δ log p| of a token between sampler and trainer that warns; null: none",
+        low=0.0,
     )
     mismatch_stop: float | None = field(
         0.5, "the same, that stops the run after the step; null: none", low=0.0
