@@ -1,5 +1,6 @@
 """Rollout batches: prompts, grades and metrics that agree with them; groups in prompt order."""
 
+import copy
 import dataclasses
 import heapq
 import threading
@@ -13,6 +14,7 @@ from deltal_jax.config import load_config
 from deltal_jax.errors import UserError
 from deltal_jax.objective.logprobs import token_logprobs
 from deltal_jax.rollout import engine as engine_module
+from deltal_jax.rollout.engine import Engine
 from deltal_jax.rollout.results import assemble, begin
 from deltal_jax.tasks.base import Verdict
 from deltal_jax.tasks.grading import Reward
@@ -99,9 +101,9 @@ def groups_of(batch, samples=3):
     return batch.positions[::samples].tolist()
 
 
-def chain_stream(overrides, rewards=("task",)):
+def chain_stream(overrides, rewards=("task",), engine=None):
     setup, params = chain_setup(overrides)
-    engine = make_engine(setup, temperature=1.0, training=True)
+    engine = engine or make_engine(setup, temperature=1.0, training=True)
     return RolloutStream(setup, engine, KEY, rewards), params
 
 
@@ -153,7 +155,9 @@ def test_groups_are_trained_in_prompt_order_and_slow_ones_are_not_left_behind():
 def test_dynamic_sampling_takes_the_first_groups_that_vary_and_grades_each_once():
     spy = Graded(lambda response: float(len(response.split()) > 3))
     options = {"rollout.dynamic_sampling": "reward", "rollout.oversampling": 1.5}
-    stream, params = chain_stream(options, [Reward(spy)])
+    shared = chain_stream(options)[0].engine
+    own = Engine(shared._graphdef, shared.options)
+    stream, params = chain_stream(options, [Reward(spy)], own)
     rounds = []
     for step in range(3):
         spy.groups.clear()
@@ -302,7 +306,7 @@ def workers():
 def judged_stream(overrides, workers):
     stream, params = chain_stream(overrides)
     setup = dataclasses.replace(stream.setup, task=Judged(workers))
-    return RolloutStream(setup, stream.engine, KEY), params
+    return RolloutStream(setup, copy.copy(stream.engine), KEY), params  # which tests change
 
 
 def judging_threads():

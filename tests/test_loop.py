@@ -70,6 +70,9 @@ RESUMABLE = SMALL | {
     "run.tensorboard": False,
 }
 
+#: What a run needs not do for laws of something else.
+NO_MORE = {"sft.steps": 0, "evaluate.every": 0, "rl.epochs_per_rollout": 1}
+
 
 def length_reward(prompts, responses, answers):
     """Differs within every group, so that an untrained model has something to learn from."""
@@ -255,7 +258,7 @@ def test_user_rewards_replace_the_verifier_and_missing_ones_are_left_out(tmp_pat
     folder = tmp_path / "run"
     train(
         "countdown-tiny",
-        RESUMABLE | {"run.dir": str(folder), "rl.steps": 1},
+        RESUMABLE | NO_MORE | {"run.dir": str(folder), "rl.steps": 1},
         rewards=[Reward(brevity, weight=2.0), "task"],
         quiet=True,
     )
@@ -304,14 +307,14 @@ def test_an_interrupt_saves_and_resume_finishes_as_if_nothing_had_happened(tmp_p
 
 
 def test_a_run_cannot_be_resumed_with_other_rewards(tmp_path):
-    options = RESUMABLE | {"run.dir": str(tmp_path / "run"), "sft.steps": 1, "rl.steps": 1}
+    options = RESUMABLE | NO_MORE | {"run.dir": str(tmp_path / "run"), "rl.steps": 0}
     train("countdown-tiny", options, rewards=[length_reward], quiet=True)
     before = (tmp_path / "run" / "config.yaml").read_text()
-    again = {"run.dir": str(tmp_path / "run"), "rl.steps": 2}
+    again = {"run.dir": str(tmp_path / "run"), "rl.steps": 1}
     with pytest.raises(UserError, match=r"started with \['1 \* length_reward'\] .* \['task'\]"):
         train(None, again, resume=True, quiet=True)
     assert (tmp_path / "run" / "config.yaml").read_text() == before
-    assert train(None, again, rewards=[length_reward], resume=True, quiet=True).step == 2
+    assert train(None, again, rewards=[length_reward], resume=True, quiet=True).step == 1
 
 
 def test_demonstrations_that_fit_no_bucket_end_the_run_with_the_field(tmp_path):

@@ -265,23 +265,30 @@ def abstract_trained(setup: Setup) -> Any:
 
 
 def make_update(setup: Setup, phase: str) -> Update:
-    """The update of the phase "sft" or "rl"."""
-    config = setup.config
+    """The update of the phase "sft" or "rl"; the same object for the same experiment in whatever
+    folder, so that a second run in this process compiles nothing."""
+    config = dataclasses.replace(setup.config, run=Config().run)
+    return _make_update(setup.graphdef, config, phase)
+
+
+@functools.lru_cache(maxsize=8)
+def _make_update(graphdef: nnx.GraphDef, config: Config, phase: str) -> Update:
     if phase == "sft":
         options, steps, terms = config.sft.optimizer, config.sft.steps, SUPERVISED
     else:
         options, steps, terms = config.rl.optimizer, config.rl.updates, make_loss(config)
     optimizer = make_optimizer(options, steps)
-    return Update(setup.graphdef, optimizer, terms, moment_dtype=options.moment_dtype)
+    return Update(graphdef, optimizer, terms, moment_dtype=options.moment_dtype)
 
 
 def make_engine(setup: Setup, *, temperature: float, training: bool = False) -> RolloutEngine:
     """The config's sampler for training and its evaluations; `training` takes the config's top-k,
-    top-p and min-p too, and its devices."""
+    top-p and min-p too, and its devices. One in this process is the same object for the same
+    options, so that training, evaluation and a second run share what is compiled."""
     config, options = setup.config, _sampling_options(setup, temperature, training)
     if config.rollout.engine == "jax":
         mesh = make_sampling_mesh(config) if training else None
-        return Engine(setup.graphdef, options, mesh=mesh)
+        return _make_engine(setup.graphdef, options, mesh)
     server = config.rollout.server
     assert server.url is not None  # by the config's rules
     if server.weights_dir is None and config.run.dir is None:
@@ -297,6 +304,13 @@ def make_engine(setup: Setup, *, temperature: float, training: bool = False) -> 
         weights_dir=Path(server.weights_dir or f"{config.run.dir}/{SERVED}"),
         timeout=server.timeout,
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _make_engine(
+    graphdef: nnx.GraphDef, options: SamplingOptions, mesh: Mesh | None = None
+) -> Engine:
+    return Engine(graphdef, options, mesh=mesh)
 
 
 def make_sampling_mesh(config: Config) -> Mesh | None:
@@ -317,7 +331,7 @@ def make_sampling_mesh(config: Config) -> Mesh | None:
 
 def make_local_engine(setup: Setup, *, temperature: float) -> Engine:
     """A sampler in this process whatever the config says: a server may be in use by a run."""
-    return Engine(setup.graphdef, _sampling_options(setup, temperature, training=False))
+    return _make_engine(setup.graphdef, _sampling_options(setup, temperature, training=False))
 
 
 def make_streamer(setup: Setup, params: Any, *, temperature: float) -> Streamer:
