@@ -1,10 +1,10 @@
-"""Look into a run: its checkpoints."""
+"""Look into a run: its checkpoints, and steps that it kept for replay."""
 
 import argparse
 
-from deltal_jax.cli import checkpoints
+from deltal_jax.cli import checkpoints, replay
 
-COMMANDS = {"checkpoints": checkpoints}
+COMMANDS = {"checkpoints": checkpoints, "replay": replay}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

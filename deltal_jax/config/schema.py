@@ -281,6 +281,35 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    max_skipped: int = field(
+        3, "updates in a row that are left out as not finite; one more stops the run", low=0
+    )
+    dumps: int = field(
+        2, "steps with a left-out update that are kept in dumps/, for `deltal debug replay`", low=0
+    )
+    dump_steps: tuple[int, ...] | None = field(
+        None, "RL steps that are kept so though nothing is wrong", low=1
+    )
+    mismatch_warn: float | None = field(
+        0.05, "mean |Δ log p| of a token between sampler and trainer that warns; null: none", low=0
+    )
+    mismatch_stop: float | None = field(
+        0.5, "the same, that stops the run after the step; null: none", low=0
+    )
+    entropy_floor: float = field(
+        0.2, "warn below this part of the highest entropy (means of 10 steps)", low=0.0, high=1.0
+    )
+    truncation_surge: float = field(
+        0.25,
+        "warn where the share of truncated responses is over its lowest by so much (means of 10 "
+        "steps)",
+        low=0.0,
+        high=1.0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One experiment."""
 
@@ -301,6 +330,7 @@ class Config:
     rl: RlConfig = field(RlConfig, "reinforcement learning")
     evaluate: EvaluateConfig = field(EvaluateConfig, "evaluation on held-out problems")
     checkpoint: CheckpointConfig = field(CheckpointConfig, "checkpoints")
+    guard: GuardConfig = field(GuardConfig, "when a run warns, leaves out an update, or stops")
 
     @property
     def bucket_edges(self) -> tuple[int, ...]:

@@ -51,6 +51,10 @@ class Collected:
     #: NaN where missing, Float[B].
     rewards: np.ndarray
     metrics: dict[str, float]
+    #: Under the parameters that the step's first update finds, and under those of the reference
+    #: model, Float[B T]; where the objective asks for them, and only then.
+    old_logprobs: np.ndarray | None = None
+    reference_logprobs: np.ndarray | None = None
 
 
 @dataclasses.dataclass

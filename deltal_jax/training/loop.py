@@ -2,6 +2,7 @@
 again."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from itertools import islice
@@ -15,8 +16,10 @@ from deltal_jax.analysis.accuracy import monotonicity
 from deltal_jax.analysis.report import write_report
 from deltal_jax.backend import enable_compile_cache
 from deltal_jax.checkpoints.manifest import Position
+from deltal_jax.config import Config
 from deltal_jax.errors import UserError
 from deltal_jax.guard.failpoints import fail_point
+from deltal_jax.guard.watch import StepWatch, finite_updates
 from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics, metrics_size
 from deltal_jax.model.architecture import attention_work
 from deltal_jax.model.lora import overlay
@@ -42,9 +45,9 @@ from deltal_jax.training.run import (
 )
 from deltal_jax.training.setup import Setup, init_params, make_engine, make_update
 from deltal_jax.training.sft import demonstration_batches
-from deltal_jax.training.step import NonFiniteLoss, Update
+from deltal_jax.training.step import Meters, Update, UpdateReport
 from deltal_jax.training.trained import restore_state, root_key
-from deltal_jax.types import Rollout, TrainState
+from deltal_jax.types import Bucket, Rollout, TrainState
 
 
 class _Interrupted(Exception):
@@ -88,7 +91,7 @@ def train(
     `resume` goes on from the newest checkpoint. `profile` = (start, stop) traces those RL steps
     with the JAX profiler.
 
-    Raises UserError for bad input and TrainingError if the loss becomes NaN.
+    Raises UserError for bad input and TrainingError where `guard` in the config stops the run.
     """
     started = time.monotonic()
     enable_compile_cache()
@@ -170,11 +173,12 @@ def _warm_up(run: Run, update: Update, state: TrainState, done: int) -> TrainSta
         tokens += int(np.sum(batch.loss_mask))
         if step % config.log_every and step < config.steps:
             continue
-        _refuse_non_finite(run, pending)
+        good = finite_updates(run, pending)
         seconds = time.perf_counter() - clock
         line = {
-            "sft/loss": float(np.mean([float(m["loss"]) for _, _, m in pending])),
-            "optim/grad_norm": float(metrics["optim/grad_norm"]),
+            "sft/loss": _mean([loss for loss, _ in good]),
+            "optim/grad_norm": good[-1][1] if good else float("nan"),
+            "optim/skipped": float(len(pending) - len(good)),
             "optim/lr": float(np.asarray(schedule(step - 1))),
             "throughput/tokens_per_s": tokens / seconds,
             "time/update": seconds,
@@ -211,23 +215,24 @@ def _reinforce(
                 if isinstance(error, UserError) and step > done + 1:  # it was good input so far
                     raise run.stopped("RL", step, error) from error
                 raise
-            try:
-                state, metrics = update_policy(run.setup, update, state, batch)
-            except NonFiniteLoss as error:
-                raise run.stopped("RL", step, error) from error
+            watch = StepWatch(run, step)
+            state, metrics = update_policy(run.setup, update, state, batch, watch)
         seconds = time.perf_counter() - clock
         metrics |= batch.metrics | {
             "throughput/tokens_per_s": float(batch.rollout.response_lengths.sum()) / seconds,
             "time/checkpoint": saving,
         }
         run.writer.write(step, "rl", metrics)
+        must_stop = watch.finish(metrics)
         if config.evaluate.every and step % config.evaluate.every == 0:
             accuracy = run.evaluate(evaluator, state, step)
         saving = 0.0
         due = config.checkpoint.every and step % config.checkpoint.every == 0
         due = due or run.improved(step)
-        if due or step == config.rl.steps or run.stop_requested:
+        if due or step == config.rl.steps or run.stop_requested or must_stop:
             saving = run.save(state, "rl", step, batches)
+        if must_stop:
+            raise run.stopped("RL", step, must_stop)
         shown = {
             "accuracy": accuracy,
             "reward": metrics["reward/mean"],
@@ -244,26 +249,55 @@ def _reinforce(
 
 
 def update_policy(
-    setup: Setup, update: Update, state: TrainState, batch: Collected
+    setup: Setup,
+    update: Update,
+    state: TrainState,
+    batch: Collected,
+    watch: StepWatch | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
-    """All optimizer updates on one rollout batch: epochs × mini-batches."""
-    config, clock = setup.config, time.perf_counter()
-    rollout, old, mismatch = batch.rollout, batch.rollout.logprobs, {}
-    layout = dict(
-        edges=config.bucket_edges,
-        tokens_per_microbatch=config.rl.tokens_per_microbatch,
-        pack=config.rl.pack,
-        attention=attention_work(setup.architecture),
-    )
-    if config.objective.old_logprobs == "recompute":
-        old = rollout_logprobs(update, state.params, rollout, **layout)
-        rollout, mismatch = reject(config.objective, rollout, old)
-    reference = None
-    if state.reference is not None:
-        reference = rollout_logprobs(
-            update, overlay(state.params, state.reference), rollout, **layout
-        )
+    """All optimizer updates on one rollout batch: epochs × mini-batches. `watch` is shown every
+    one, and may end the run."""
+    clock = time.perf_counter()
+    batch = with_logprobs(setup, update, state, batch)
     recomputed = time.perf_counter()
+    if watch is not None:
+        watch.begin(state, batch)
+    minibatches, metrics = make_updates(setup, batch)
+    schedule = learning_rate(setup.config.rl.optimizer, setup.config.rl.updates)
+    rate = float(np.asarray(schedule(int(state.updates))))
+    reports: list[UpdateReport] = []
+    for buckets in minibatches * setup.config.rl.epochs_per_rollout:
+        state, report = update(state, buckets)
+        fail_point("update")
+        reports.append(report)
+        if watch is not None:
+            watch.updated(state, reports)
+    return state, {
+        **step_metrics(setup.config, metrics, reports),
+        "optim/lr": rate,
+        "throughput/padding_frac": padding_fraction([b for bs in minibatches for b in bs]),
+        "time/old_logprob": recomputed - clock,
+        "time/update": time.perf_counter() - recomputed,
+    }
+
+
+def with_logprobs(setup: Setup, update: Update, state: TrainState, batch: Collected) -> Collected:
+    """The batch with the log-probabilities that the objective asks for, which are fixed before the
+    first update changes the parameters."""
+    old = reference = None
+    if setup.config.objective.old_logprobs == "recompute":
+        old = rollout_logprobs(update, state.params, batch.rollout, **_layout(setup))
+    if state.reference is not None:
+        anchor = overlay(state.params, state.reference)
+        reference = rollout_logprobs(update, anchor, batch.rollout, **_layout(setup))
+    return dataclasses.replace(batch, old_logprobs=old, reference_logprobs=reference)
+
+
+def make_updates(setup: Setup, batch: Collected) -> tuple[list[list[Bucket]], dict[str, float]]:
+    """The micro-batches of each update of one epoch, and the metrics that no update changes."""
+    config, rollout, old, mismatch = setup.config, batch.rollout, batch.old_logprobs, {}
+    if old is not None:
+        rollout, mismatch = reject(config.objective, rollout, old)
     weighted = weigh(config, rollout, batch.rewards)
     minibatches = make_minibatches(
         rollout,
@@ -273,34 +307,41 @@ def update_policy(
         auxiliary_weights=weighted.auxiliary_weights,
         factor=weighted.minibatch_factor,
         old_logprobs=old,
-        reference_logprobs=reference,
-        **layout,
+        reference_logprobs=batch.reference_logprobs,
+        **_layout(setup),
     )
-    schedule = learning_rate(config.rl.optimizer, config.rl.updates)
-    rate = float(np.asarray(schedule(int(state.updates))))
-    reports = []
-    for _ in range(config.rl.epochs_per_rollout):
-        for buckets in minibatches:
-            state, report = update(state, buckets)
-            fail_point("update")
-            reports.append(report)
-    meters = reports[0].meters
-    for report in reports[1:]:
-        meters = meters.merge(report.meters)
-    norms = {k: float(np.mean([r.norms[k] for r in reports])) for k in reports[0].norms}
-    measured = meters.values() | mismatch
+    return minibatches, weighted.metrics | mismatch
+
+
+def step_metrics(
+    config: Config, fixed: dict[str, float], reports: Sequence[UpdateReport]
+) -> dict[str, float]:
+    """Metrics of a step: means over the updates that were made, NaN where none was."""
+    good = [report for report in reports if report.skipped is None]
+    norms = {k: _mean([r.norms[k] for r in good]) for k in reports[0].norms}
+    if good:
+        measured = functools.reduce(Meters.merge, [r.meters for r in good]).values()
+    else:
+        measured = dict.fromkeys(reports[0].meters.values(), float("nan"))
+    measured = {"policy/loss": _mean([r.loss for r in good])} | measured | fixed
     if config.rollout.filtered:  # the sampler's log-probabilities are of fewer tokens: no mismatch
         measured = {k: v for k, v in measured.items() if not k.startswith("mismatch/")}
-    return state, {
-        "policy/loss": float(np.mean([r.loss for r in reports])),
-        **weighted.metrics,
-        **measured,
-        **norms,
-        "optim/lr": rate,
-        "throughput/padding_frac": padding_fraction([b for bs in minibatches for b in bs]),
-        "time/old_logprob": recomputed - clock,
-        "time/update": time.perf_counter() - recomputed,
-    }
+    return measured | norms | {"optim/skipped": float(len(reports) - len(good))}
+
+
+def _layout(setup: Setup) -> dict[str, Any]:
+    """How rollouts are cut into micro-batches."""
+    config = setup.config
+    return dict(
+        edges=config.bucket_edges,
+        tokens_per_microbatch=config.rl.tokens_per_microbatch,
+        pack=config.rl.pack,
+        attention=attention_work(setup.architecture),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
 
 
 def rollout_logprobs(update: Update, params: Any, rollout: Rollout, **layout: Any) -> np.ndarray:
@@ -331,11 +372,3 @@ def _finish(run: Run, step: int, status: str, seconds: float) -> TrainResult:
         run.display.say(f"interrupted after RL step {step}; go on with: {run.resume_command()}")
     before, after = (figures[0], figures[-1]) if figures else ({}, {})
     return TrainResult(run.folder, report, status, step, before, after, order, seconds)
-
-
-def _refuse_non_finite(run: Run, pending: list) -> None:
-    for step, (rows, width), metrics in pending:
-        loss, norm = (float(metrics[name]) for name in ("loss", "optim/grad_norm"))
-        if not np.isfinite(loss + norm):
-            what = f"loss {loss}, gradient norm {norm} in a bucket of {rows} rows of {width} tokens"
-            raise run.stopped("warm-up", step, what)

@@ -42,6 +42,9 @@ from deltal_jax.training.setup import (
 )
 from deltal_jax.types import TrainState
 
+#: Of a run, that are kept.
+MOST_WARNINGS = 100
+
 
 class TrainingError(ArithmeticError):
     """The run cannot go on; the message says where it stopped and how to resume."""
@@ -155,6 +158,7 @@ class Run:
             "formula": said,
             "rewards": _reward_names(self.rewards),
             "data": data_fingerprint(self.setup.task),
+            "warnings": self.running.get("warnings", []),
             "environment": {
                 "jax": jax.__version__,
                 "backend": f"{jax.default_backend()} × {jax.device_count()}",
@@ -179,8 +183,20 @@ class Run:
 
     def conclude(self, order: dict[str, float | None]) -> None:
         """Keep the monotonicity of each evaluation set beside what `announce` kept."""
-        facts = json.loads((self.folder / run_folder.SUMMARY).read_text(encoding="utf-8"))
-        self._summarise(facts | {"monotonicity": order})
+        self._add_facts({"monotonicity": order})
+
+    def warn(self, phase: str, step: int, text: str) -> None:
+        """Say one line about a step, and keep it in the summary: it goes with the checkpoints, so
+        that a resumed run has each warning once. The first ones are kept: they tell the cause."""
+        self.display.say(f"warning: {phase} step {step}: {text}")
+        kept = self.running.setdefault("warnings", [])
+        if len(kept) < MOST_WARNINGS:
+            kept.append({"phase": phase, "step": step, "warning": text})
+            self._add_facts({"warnings": kept})
+
+    def _add_facts(self, facts: dict[str, Any]) -> None:
+        known = json.loads((self.folder / run_folder.SUMMARY).read_text(encoding="utf-8"))
+        self._summarise(known | facts)
 
     def _summarise(self, facts: dict[str, Any]) -> None:
         run_folder.write_text(self.folder / run_folder.SUMMARY, json.dumps(facts, indent=1) + "\n")

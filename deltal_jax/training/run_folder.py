@@ -43,6 +43,7 @@ CHANGEABLE = (
     "rollout.server.",
     "evaluate.",
     "checkpoint.",
+    "guard.",
 )
 
 

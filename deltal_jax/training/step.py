@@ -79,6 +79,15 @@ class Meters:
         means = {k: float(s) / max(float(n), 1.0) for k, (s, n) in self.sums.items()}
         return means | {k: float(v) for k, v in self.maxima.items()}
 
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it; `from_plain` gives the same bits back."""
+        return jax.tree.map(float, {"sums": self.sums, "maxima": self.maxima})
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "Meters":
+        """The metrics that `plain` took apart."""
+        return cls(**jax.tree.map(jnp.float32, plain, is_leaf=lambda x: isinstance(x, float)))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +106,9 @@ class UpdateReport:
     loss: float
     meters: Meters
     norms: dict[str, float]
-
-
-class NonFiniteLoss(ArithmeticError):
-    """The loss or the gradient of an update was not finite; the parameters were left as they
-    were."""
+    #: What was not finite, and where; the state is then, bit for bit, as it was before. None: the
+    #: step was taken.
+    skipped: str | None = None
 
 
 class Update:
@@ -210,36 +217,37 @@ class Update:
     ) -> tuple[TrainState, "UpdateReport"]:
         """One optimizer step on the sum of all micro-batches; `state` is donated.
 
-        Raises NonFiniteLoss, naming the bucket, before anything changes if the loss is not finite.
+        It is left out where the loss, the gradient or the step itself is not finite, and the report
+        says so.
         """
         gradient = self.accumulate(state.params, buckets)
-        loss = float(gradient.loss)
-        if not np.isfinite(loss):
-            raise NonFiniteLoss(self._blame(state.params, buckets, loss))
         state, norms = self.apply(state, gradient)
-        report = UpdateReport(loss, gradient.meters, {k: float(v) for k, v in norms.items()})
-        if not np.isfinite(report.norms["optim/grad_norm"]):
-            raise NonFiniteLoss(f"gradient norm {report.norms['optim/grad_norm']}, loss {loss}")
-        return state, report
+        loss, norms = float(gradient.loss), {k: float(v) for k, v in norms.items()}
+        skipped = None
+        if not np.isfinite([loss, *norms.values()]).all():
+            skipped = self._blame(state.params, buckets, loss, norms)
+        return state, UpdateReport(loss, gradient.meters, norms, skipped)
 
     def _apply(self, state: TrainState, gradient: Gradient) -> tuple[TrainState, dict[str, Array]]:
-        """The optimizer's step; leaves the parameters alone where the gradient is not finite."""
+        """The optimizer's step; none where the loss, the gradient or the step is not finite: then
+        the state stays bit for bit, and with it the place in the schedule."""
         stored = trained(state.params), state.opt_state
         params, opt_state = widen(stored)
         updates, new_state = self.optimizer.update(gradient.grads, opt_state, params)
-        norm = optax.tree.norm(gradient.grads)
+        norms = {
+            "optim/grad_norm": optax.tree.norm(gradient.grads),
+            "optim/update_norm": optax.tree.norm(updates),
+        }
+        good = jnp.isfinite(jnp.stack([gradient.loss, *norms.values()])).all()
         new = (optax.apply_updates(params, updates), new_state)
-        kept = jax.tree.map(
-            lambda n, o: jnp.where(jnp.isfinite(norm), n, o), new, (params, opt_state)
-        )
+        kept = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, (params, opt_state))
         draws = jax.random.fold_in(jax.random.fold_in(state.key, ROUNDING_STREAM), state.updates)
         part, opt_state = round_like(kept, stored, draws)
-        norms = {"optim/grad_norm": norm, "optim/update_norm": optax.tree.norm(updates)}
         return dataclasses.replace(
             state,
             params=overlay(state.params, part),
             opt_state=opt_state,
-            updates=state.updates + 1,
+            updates=state.updates + good,
         ), norms
 
     def _store(self, opt_state: Any) -> Any:
@@ -256,13 +264,55 @@ class Update:
             return grads
         return jax.lax.with_sharding_constraint(grads, state_shardings(self.mesh, grads))
 
-    def _blame(self, params: Any, buckets: Sequence[Bucket], loss: float) -> str:
+    def examine(self, params: Any, buckets: Sequence[Bucket]) -> "Health":
+        """The loss of some micro-batches and, by parameter, what their gradient is like."""
+        gradient = self.accumulate(params, buckets)
+        leaves = jax.tree_util.tree_flatten_with_path(_norms_and_counts(gradient.grads))[0]
+        found: dict[str, list[float]] = {}
+        for (*path, _), value in leaves:
+            name = jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+            found.setdefault(name, []).append(float(value))
+        parameters = {name: (norm, int(count)) for name, (norm, count) in found.items()}
+        return Health(float(gradient.loss), parameters)
+
+    def _blame(
+        self, params: Any, buckets: Sequence[Bucket], loss: float, norms: dict[str, float]
+    ) -> str:
+        """What is not finite, in words: the first such bucket, and the first of its parameters."""
+        said = f"loss {loss}, gradient norm {norms['optim/grad_norm']}"
         for number, bucket in enumerate(buckets):
-            value = float(self.accumulate(params, [bucket]).loss)
-            if not np.isfinite(value):
-                rows, width = bucket.tokens.shape
-                return f"loss {value} in bucket {number} ({rows} rows of {width} tokens)"
-        return f"loss {loss} in the sum of {len(buckets)} finite buckets"
+            found = self.examine(params, [bucket])
+            if found.finite:
+                continue
+            rows, width = bucket.tokens.shape
+            said += f" in bucket {number} ({rows} rows of {width} tokens)"
+            bad = [f"{name} ({n} numbers)" for name, (_, n) in found.parameters.items() if n]
+            if bad:
+                more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+                said += f", gradients not finite of {', '.join(bad[:3])}{more}"
+            return said
+        if np.isfinite([loss, norms["optim/grad_norm"]]).all():
+            return f"{said}, but the norm of the optimizer's step is {norms['optim/update_norm']}"
+        return f"{said} in the sum of {len(buckets)} finite buckets"
+
+
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """A loss, and of each parameter's gradient by its path the norm and how many numbers are not
+    finite."""
+
+    loss: float
+    parameters: dict[str, tuple[float, int]]
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of it is."""
+        return bool(np.isfinite([self.loss, *(norm for norm, _ in self.parameters.values())]).all())
+
+
+@jax.jit
+def _norms_and_counts(grads: Any) -> Any:
+    return jax.tree.map(lambda x: (optax.tree.norm(x), jnp.sum(~jnp.isfinite(x))), grads)
 
 
 def bucket_logprobs(
