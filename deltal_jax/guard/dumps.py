@@ -17,10 +17,12 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from deltal_jax.checkpoints.manifest import Position
+from deltal_jax.checkpoints.reader import SavedSteps
+from deltal_jax.checkpoints.store import Checkpoints
 from deltal_jax.config import dump_config, load_config
 from deltal_jax.errors import UserError
 from deltal_jax.training import run_folder
-from deltal_jax.training.checkpoint import Checkpoints, Position
 from deltal_jax.training.collect import Collected, arrays_of, load_collected
 from deltal_jax.training.setup import Setup, make_setup, save_model_files
 from deltal_jax.training.step import Meters, UpdateReport
@@ -115,10 +117,9 @@ def load_dump(folder: Path, overrides: dict[str, Any]) -> Dump:
     config = load_config(folder / run_folder.CONFIG, overrides)
     setup = make_setup(config, folder / run_folder.MODEL)
     record = _load_record(json.loads((folder / RECORD).read_text(encoding="utf-8")))
-    with contextlib.closing(Checkpoints(folder / run_folder.CHECKPOINTS, 1)) as checkpoints:
-        position = checkpoints.read_position(record.step)
-        state = restore_state(checkpoints, record.step, setup, position)
-        batch = load_collected(checkpoints.read_rollouts(record.step)["batch"])
+    saved = SavedSteps(folder / run_folder.CHECKPOINTS)
+    state = restore_state(saved, record.step, setup, saved.read_position(record.step))
+    batch = load_collected(saved.read_rollouts(record.step)["batch"])
     exact = not any(name.startswith(ROUNDINGS) for name in overrides)
     return Dump(setup, state, batch, record, exact)
 
