@@ -117,10 +117,9 @@ def load_dump(folder: Path, overrides: dict[str, Any]) -> Dump:
     config = load_config(folder / run_folder.CONFIG, overrides)
     setup = make_setup(config, folder / run_folder.MODEL)
     record = _load_record(json.loads((folder / RECORD).read_text(encoding="utf-8")))
-    checkpoints = SavedSteps(folder / run_folder.CHECKPOINTS)
-    position = checkpoints.read_position(record.step)
-    state = restore_state(checkpoints, record.step, setup, position)
-    batch = load_collected(checkpoints.read_rollouts(record.step)["batch"])
+    saved = SavedSteps(folder / run_folder.CHECKPOINTS)
+    state = restore_state(saved, record.step, setup, saved.read_position(record.step))
+    batch = load_collected(saved.read_rollouts(record.step)["batch"])
     exact = not any(name.startswith(ROUNDINGS) for name in overrides)
     return Dump(setup, state, batch, record, exact)
 

@@ -61,10 +61,9 @@ class StepWatch:
         self._record(metrics)
         config, running = self._run.setup.config, self._run.running
         running[HEALTH], warnings = judge(config, metrics, running.get(HEALTH, {}))
-        why = must_stop(config, metrics)
-        for line in warnings if why is None else ():
+        for line in warnings:
             self._run.warn("RL", self._step, line)
-        return why
+        return must_stop(config, metrics)
 
     def _dump(self, state: TrainState, first: int) -> str:
         """Keep the step from an update on; says where. A dump that fails is no reason to stop."""
@@ -106,7 +105,7 @@ def finite_updates(
             raise run.stopped("warm-up", step, what + too_many(run))
         skipped.append((step, what))
     if skipped:
-        more = f"; so were {len(skipped) - 1} later ones" if len(skipped) > 1 else ""
+        more = f"; so were {len(skipped) - 1} more" if len(skipped) > 1 else ""
         run.warn("warm-up", skipped[0][0], f"{skipped[0][1]}; skipped{more}")
     return good
 

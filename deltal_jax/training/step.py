@@ -86,7 +86,8 @@ class Meters:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "Meters":
         """The metrics that `plain` took apart."""
-        return cls(**jax.tree.map(jnp.float32, plain, is_leaf=lambda x: isinstance(x, float)))
+        sums = {k: (jnp.float32(s), jnp.float32(n)) for k, (s, n) in plain["sums"].items()}
+        return cls(sums, {k: jnp.float32(v) for k, v in plain["maxima"].items()})
 
 
 @jax.tree_util.register_dataclass
