@@ -8,14 +8,14 @@ import jax.numpy as jnp
 Tree = Any
 
 
-def _copied(old: Tree, new: Tree) -> Tree:
+def _copied(old: list[jax.Array], new: list[jax.Array]) -> list[jax.Array]:
     del old
-    return jax.tree.map(jnp.copy, new)
+    return [jnp.copy(array) for array in new]
 
 
 #: Copies into memory that is there already.
 _copy_into = jax.jit(_copied, donate_argnums=0, keep_unused=True)
-_copy = jax.jit(lambda new: jax.tree.map(jnp.copy, new))
+_copy = jax.jit(lambda new: _copied([], new))
 
 
 class Snapshot:
@@ -28,20 +28,27 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
-        self._kept: Tree = None
+        #: Copies of the arrays of each sharding; one program takes arrays of the same devices only.
+        self._kept: dict[Any, list[jax.Array]] = {}
 
     def take(self, tree: Tree) -> Tree:
         """The arrays of a tree, valid until the next call."""
         if jax.default_backend() != "cpu":
             return tree
-        if _layout(self._kept) == _layout(tree):
-            copy = _copy_into(self._kept, tree)
-        else:
-            copy = _copy(tree)
-        # Other objects of the same memory: views that were made of `copy` die with it, and memory
-        # that has views is not written to.
-        self._kept = jax.tree.map(_alias, copy)
-        return copy
+        leaves, structure = jax.tree.flatten(tree)
+        places: dict[Any, list[int]] = {}
+        for place, leaf in enumerate(leaves):
+            places.setdefault(leaf.sharding, []).append(place)
+        kept, self._kept = self._kept, {}
+        for sharding, group in places.items():
+            old, new = kept.get(sharding, []), [leaves[place] for place in group]
+            copies = _copy_into(old, new) if _shapes(old) == _shapes(new) else _copy(new)
+            # Other objects of the same memory: views of the copies die with them, and memory that
+            # has views would not be written to.
+            self._kept[sharding] = [_alias(copy) for copy in copies]
+            for place, copy in zip(group, copies, strict=True):
+                leaves[place] = copy
+        return jax.tree.unflatten(structure, leaves)
 
 
 def _alias(array: jax.Array) -> jax.Array:
@@ -51,6 +58,5 @@ def _alias(array: jax.Array) -> jax.Array:
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
 
 
-def _layout(tree: Tree) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [(x.shape, x.dtype, x.sharding) for x in leaves]
+def _shapes(arrays: list[jax.Array]) -> list[Any]:
+    return [(array.shape, array.dtype) for array in arrays]

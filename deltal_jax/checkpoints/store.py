@@ -7,7 +7,10 @@ all call everything here; process 0 alone decides, and writes what is not an arr
 import contextlib
 import dataclasses
 import json
+import logging
 import math
+import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -84,7 +87,8 @@ class Checkpoints(SavedSteps):
         self._failed: tuple[int, BaseException] | None = None
         self._doomed: dict[int, Saved] = {}  # those that the save under way deletes
         if jax.process_index() == 0:
-            self._clean()
+            for number in self._clean():
+                say(f"checkpoint {number} was never complete: removed what there was of it")
         _meet("checkpoints are open")
         self._saved = {number: _judged(manifest) for number, manifest in self._readable()}
 
@@ -121,6 +125,7 @@ class Checkpoints(SavedSteps):
         self._doomed = {n: self._saved.pop(n) for n in set(self._saved) - stay}
         try:
             if self._manager is None:
+                self._tidy()
                 self._manager = _manager(self.folder)
             self._manager.save(number, args=ocp.args.Composite(**items), force=True)
         except Exception as error:
@@ -151,6 +156,7 @@ class Checkpoints(SavedSteps):
             if self._manager is not None:
                 self._manager.close()
                 self._manager = None
+            self._tidy()
 
     def all(self) -> list[int]:
         """The numbers of all that exist, in order, as soon as the save under way is complete."""
@@ -256,9 +262,7 @@ class Checkpoints(SavedSteps):
         with contextlib.suppress(Exception):
             if manager is not None:
                 manager.close()
-        if jax.process_index() == 0:
-            with contextlib.suppress(OSError):
-                self._clean()
+        self._tidy()
 
     def _delete(self, number: int) -> None:
         """First it ceases to exist, then its files go."""
@@ -272,8 +276,15 @@ class Checkpoints(SavedSteps):
         fail_point("delete.files")
         step.rmtree()
 
-    def _clean(self) -> None:
-        """Remove what is no checkpoint."""
+    def _tidy(self) -> None:
+        """Remove what failed saves left; threads of Orbax may still write for a moment."""
+        if jax.process_index() == 0:
+            with contextlib.suppress(UserError):
+                self._clean()
+
+    def _clean(self) -> list[str]:
+        """Remove what is no checkpoint; the numbers that it would have had."""
+        removed = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in list(self.folder.iterdir()):
@@ -286,12 +297,13 @@ class Checkpoints(SavedSteps):
                         f"checkpoint.dir: {path} is of an older version of deltal-jax, which alone "
                         "can go on with it; start a new run"
                     )
-                self._say(f"checkpoint {number} was never complete: removed what there was of it")
                 path.rmtree()
+                removed.append(number)
         except OSError as error:
             raise UserError(
                 f"checkpoint.dir: cannot write to {self.folder}: {error.strerror or error}"
             ) from error
+        return removed
 
     def _readable(self) -> Iterator[tuple[int, Manifest]]:
         for number in self.all():
@@ -306,6 +318,7 @@ class Checkpoints(SavedSteps):
 
 def _manager(folder: epath.Path) -> ocp.CheckpointManager:
     """Writes arrays, and nothing else: what stays and what exists is decided here."""
+    logging.getLogger("absl").addFilter(_not_orbax)  # it prints tracebacks of errors that we say
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     # Compression takes four times as long, for a tenth of the size.
     arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
@@ -316,10 +329,16 @@ def _manager(folder: epath.Path) -> ocp.CheckpointManager:
         save_root_metadata=False,
         lightweight_initialize=True,
         async_options=ocp.options.AsyncOptions(
-            post_finalization_callback=lambda: fail_point("save.arrays")
+            # Where that failed in a thread, others would wait for the folders for five minutes.
+            create_directories_asynchronously=False,
+            post_finalization_callback=lambda: fail_point("save.arrays"),
         ),
     )
     return ocp.CheckpointManager(folder, options=options, handler_registry=registry)
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _judged(manifest: Manifest) -> Saved:
@@ -331,6 +350,8 @@ def _reason(error: BaseException) -> str:
     """The cause in a line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's
+        return os.strerror(int(found[1]))
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]
 
