@@ -11,12 +11,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument(
         "subject",
-        choices=("objective", "update", "rollout", "model", "loading", "grading", "data"),
+        choices=(
+            *("objective", "update", "rollout", "model", "loading", "grading", "data"),
+            "checkpoint",
+        ),
         help="objective: weights and aggregation; update: one policy update of a fixed load; "
         "rollout: sampling of a fixed load; "
         "model: forward and backward against a matrix product; loading: a checkpoint of 2 GB "
         "against a plain read; grading: verdicts on mathematical answers; data: the start of a run "
-        "on a million problems",
+        "on a million problems; checkpoint: how long a save of 1 GB stalls training, against a plain "
+        "write",
     )
     parser.add_argument(
         "--peer",
@@ -28,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--folder",
-        help="loading, data: where to write files, on the disk to be measured (default: TMPDIR)",
+        help="loading, data, checkpoint: where to write files, on the disk to be measured (default: TMPDIR)",
     )
     parser.add_argument("--rounds", type=int, default=9, help="repetitions; medians are printed")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
@@ -39,8 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.rounds < 3:
         raise UserError(f"--rounds: a median needs at least 3, got {arguments.rounds}")
     peers = _peers(arguments.peer, arguments.subject)
-    if arguments.folder and arguments.subject not in ("loading", "data"):
-        raise UserError("--folder: only `deltal bench loading` and `data` write files")
+    if arguments.folder and arguments.subject not in ("loading", "data", "checkpoint"):
+        raise UserError(
+            "--folder: only `deltal bench loading`, `data` and `checkpoint` write files"
+        )
 
     import jax
 
@@ -64,6 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
         from deltal_jax.bench.data import benchmark_data
 
         figures = benchmark_data(arguments.rounds, arguments.folder)
+    elif arguments.subject == "checkpoint":
+        from deltal_jax.bench.checkpoint import benchmark_checkpoint
+
+        figures = benchmark_checkpoint(arguments.rounds, arguments.folder)
     elif arguments.subject == "loading":
         from deltal_jax.bench.loading import benchmark_loading
 
