@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ class MetricsWriter:
     null.
 
     `keep_bytes` cuts an existing file back to a checkpoint's position, so that a resumed run does
-    not repeat lines.
+    not repeat lines. TensorBoard's events are then written anew: no step is there twice, and none
+    of those lacks that were still in memory when the run died.
     """
 
     def __init__(self, folder: Path, *, keep_bytes: int = 0, tensorboard: bool = True):
@@ -32,7 +34,11 @@ class MetricsWriter:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+            events = folder / "tensorboard"
+            shutil.rmtree(events, ignore_errors=True)
+            self._tensorboard = SummaryWriter(str(events))
+            for line in load_metrics(path):
+                self._show(line.pop("step"), line.pop("phase"), line)
 
     @property
     def bytes_written(self) -> int:
@@ -49,6 +55,10 @@ class MetricsWriter:
             die()
         self._file.write(line + b"\n")
         self._file.flush()
+        self._show(step, phase, values)
+
+    def _show(self, step: int, phase: str, values: dict[str, float | None]) -> None:
+        """Tell TensorBoard, if it is wanted."""
         if self._tensorboard is not None:
             for name, value in values.items():
                 if value is not None:

@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -56,27 +57,6 @@ OPTIONS = TINY | {
 
 
 @dataclasses.dataclass
-class Soak:
-    """What is killed, and what came of it."""
-
-    folder: Path
-    processes: int
-    steps: int
-    rng: random.Random
-    #: How often a process died, by where: a fail-point, or what a random kill left half done.
-    kills: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    restarts: int = 0
-    #: Complete checkpoints that were damaged on purpose, and those that were found damaged.
-    flipped: set[tuple[str, int]] = dataclasses.field(default_factory=set)
-    damaged: set[tuple[str, int]] = dataclasses.field(default_factory=set)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        ahead = {"rollout.ahead": 1} if self.processes == 1 else {}
-        return OPTIONS | {"rl.steps": self.steps} | ahead
-
-
-@dataclasses.dataclass
 class Job:
     """One start of a run: its processes, and where they say what they do."""
 
@@ -103,6 +83,28 @@ class Job:
 
     def said(self) -> str:
         return "\n".join(path.read_text(errors="replace") for path in self.errors)
+
+
+@dataclasses.dataclass
+class Soak:
+    """What is killed, and what came of it."""
+
+    folder: Path
+    processes: int
+    steps: int
+    rng: random.Random
+    #: How often a process died, by where: a fail-point, or what a random kill left half done.
+    kills: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    restarts: int = 0
+    job: Job | None = None  # that of the last start
+    #: Complete checkpoints that were damaged on purpose, and those that were found damaged.
+    flipped: set[tuple[str, int]] = dataclasses.field(default_factory=set)
+    damaged: set[tuple[str, int]] = dataclasses.field(default_factory=set)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        ahead = {"rollout.ahead": 1} if self.processes == 1 else {}
+        return OPTIONS | {"rl.steps": self.steps} | ahead
 
 
 def until(done: Callable[[], bool], job: Job, seconds: float = PATIENCE) -> None:
@@ -145,7 +147,7 @@ def start(soak: Soak, run: Path, *, fail: str = "") -> Job:
     items = ["countdown-tiny", *(f"{key}={json.dumps(value)}" for key, value in options.items())]
     if (run / "config.yaml").is_file():
         items = [f"run.dir={run}", "--resume"]
-    job = Job([], [])
+    job = soak.job = Job([], [])
     with socket.socket() as port:
         port.bind(("localhost", 0))
         address = f"localhost:{port.getsockname()[1]}"
@@ -158,7 +160,7 @@ def start(soak: Soak, run: Path, *, fail: str = "") -> Job:
                 "JAX_PROCESS_ID": str(number),
             }
         errors = run.with_name(f"{run.name}.{number}.stderr")
-        errors.unlink(missing_ok=True)
+        errors.write_text("")
         job.errors.append(errors)
         job.pids.append(fork(lambda: deltal(["train", *items]), errors, environment))
     return job
@@ -216,9 +218,9 @@ def kill_somewhere(soak: Soak, run: Path, job: Job) -> bool:
 
 def half_done(run: Path) -> str:
     """What a killed run has left: where it was."""
-    found = {path.name: path for path in (run / CHECKPOINTS).glob("*")}
-    whole = {int(name) for name, path in found.items() if (path / "manifest.json").exists()}
-    half = {int(re.split(r"\D", name)[0]) for name in found if name[0].isdigit()} - whole
+    names = [path.name for path in (run / CHECKPOINTS).glob("[0-9]*")]
+    whole = set(SavedSteps(run / CHECKPOINTS).all())
+    half = {int(name.split(".")[0]) for name in names if ".damaged" not in name} - whole
     if half:
         return "random, saving" if max(half) > max(whole, default=-1) else "random, deleting"
     with contextlib.suppress(OSError):
@@ -282,15 +284,11 @@ def soak_kill(
     or where a run that was killed differs in the end from one that was not.
     """
     soak, started = Soak(folder, processes, steps, random.Random(seed)), time.monotonic()
-    whole, runs = folder / "whole", 0
-    assert not any(start(soak, whole).wait()), (folder / "whole.0.stderr").read_text()[-4000:]
-    points = iter(POINTS)
-    while soak.kills.total() < count:
-        runs += 1
-        run = folder / f"killed-{runs}"
-        kill_until_done(soak, run, points, count)
-        compare(run, whole)
-        assert soak.damaged == soak.flipped, f"{soak.damaged} is not {soak.flipped}"
+    try:
+        runs = _soak(soak, count)
+    finally:
+        for number in range(len(soak.job.pids) if soak.job else 0):
+            soak.job.kill(number)
     return {
         "processes": processes,
         "runs": runs,
@@ -303,3 +301,18 @@ def soak_kill(
         "all_equal_to_the_unkilled": True,
         "seconds": round(time.monotonic() - started),
     }
+
+
+def _soak(soak: Soak, count: int) -> int:
+    """How many runs that took."""
+    whole, runs, points = soak.folder / "whole", 0, iter(POINTS)
+    job = start(soak, whole)
+    assert not any(job.wait()), job.said()[-4000:]
+    while soak.kills.total() < count:
+        runs += 1
+        run = soak.folder / f"killed-{runs}"
+        kill_until_done(soak, run, points, count)
+        compare(run, whole)
+        assert soak.damaged == soak.flipped, f"{soak.damaged} is not {soak.flipped}"
+        shutil.rmtree(run)
+    return runs

@@ -61,11 +61,6 @@ def timeless(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in x.items() if not k.startswith(CLOCKS)} for x in lines]
 
 
-def steps_saved(run: Path) -> list[int]:
-    """The numbers of all complete checkpoints."""
-    return SavedSteps(run / CHECKPOINTS).all()
-
-
 def arrays_saved(run: Path, number: int) -> dict[str, np.ndarray]:
     """Every array of the state in a checkpoint of the RL phase, by its path."""
     setup = make_setup(load_run_config(run), model_files(run))
@@ -86,13 +81,17 @@ def copied(run: Path, to: Path, number: int) -> Path:
 
 
 def assert_same(found: Path, wanted: Path) -> None:
-    """Two runs are one: every metric but clocks, every sampled token, and every array of their last
-    checkpoint."""
+    """Two runs are one: every metric but clocks, every sampled token, and in their last checkpoint
+    every array and counter."""
     assert timeless(found) == timeless(wanted)
     for path in sorted((wanted / SAMPLES).iterdir()):
         assert (found / SAMPLES / path.name).read_bytes() == path.read_bytes(), path.name
-    last = steps_saved(wanted)[-1]
-    assert steps_saved(found)[-1] == last
+    saved = SavedSteps(found / CHECKPOINTS), SavedSteps(wanted / CHECKPOINTS)
+    last = saved[1].newest()
+    assert last is not None and saved[0].newest() == last
+    ours, theirs = (dataclasses.asdict(steps.read_position(last)) for steps in saved)
+    assert ours | {"metrics_bytes": 0} == theirs | {"metrics_bytes": 0}  # clocks have digits
+    jax.tree.map(np.testing.assert_array_equal, *(steps.read_rollouts(last) for steps in saved))
     ours, theirs = arrays_saved(found, last), arrays_saved(wanted, last)
     assert ours.keys() == theirs.keys()
     for name, array in theirs.items():

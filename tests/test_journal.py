@@ -64,11 +64,13 @@ def test_steps_that_no_resume_repeats_are_forgotten(verdicts, tmp_path):
     assert not list(journal.folder.iterdir())
 
 
-def test_one_of_several_processes_writes_and_all_read(verdicts, tmp_path):
-    writes = VerdictJournal(tmp_path / "verdicts")
-    reads = VerdictJournal(tmp_path / "verdicts", write=False)
-    judged = verdicts(reads.of("rl", 1))
-    assert not writes.folder.exists()
-    verdicts(writes.of("rl", 1))
-    reads.drop(2)
-    assert verdicts(reads.of("rl", 1), **NO_TIME) == judged
+def test_each_of_several_processes_keeps_its_share(verdicts, tmp_path):
+    journals = [VerdictJournal(tmp_path / "verdicts") for _ in range(2)]
+    shares = [RESPONSES[:2], RESPONSES[2:]]
+    pairs = list(zip(journals, shares, strict=True))
+    judged = [verdicts(journal.of("rl", 1), share) for journal, share in pairs]
+    again = [verdicts(journal.of("rl", 1), share, **NO_TIME) for journal, share in pairs]
+    assert again == judged
+    for journal in journals:  # each where it is told, be it the first or not
+        journal.drop(2)
+    assert not list((tmp_path / "verdicts").iterdir())

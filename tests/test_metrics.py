@@ -34,17 +34,37 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
     assert (tmp_path / FILE_NAME).read_bytes() == b""
 
 
-def test_tensorboard_events_carry_the_same_values(tmp_path):
+def events(folder):
+    """Tag, step and value of every scalar, in order."""
     from tensorboardX.proto.event_pb2 import Event
 
-    writer = MetricsWriter(tmp_path)
-    writer.write(4, "rl", {"reward/mean": 0.25, "skipped": math.nan})
-    writer.close()
-    (path,) = (tmp_path / "tensorboard").glob("events*")
-    data, found = path.read_bytes(), {}
+    (path,) = (folder / "tensorboard").glob("events*")
+    data, found = path.read_bytes(), []
     while data:
         length = int.from_bytes(data[:8], "little")
         event = Event.FromString(data[12 : 12 + length])
-        found |= {v.tag: (event.step, v.simple_value) for v in event.summary.value}
+        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
         data = data[16 + length :]
-    assert found == {"reward/mean": (4, 0.25)}
+    return found
+
+
+def test_tensorboard_events_carry_the_same_values(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(4, "rl", {"reward/mean": 0.25, "skipped": math.nan})
+    writer.close()
+    assert events(tmp_path) == [("reward/mean", 4, 0.25)]
+
+
+def test_after_a_resume_every_step_is_there_once_and_none_is_lost(tmp_path):
+    """Events are flushed now and then only: those of a run that dies may be gone."""
+    killed = MetricsWriter(tmp_path, tensorboard=False)
+    killed.write(1, "sft", {"a": 1.0, "b": math.nan})
+    killed.write(1, "rl", {"a": 2.0})
+    position = killed.bytes_written
+    killed.write(2, "rl", {"a": 3.0})
+    killed.close()
+    for value in (4.0, 5.0):
+        resumed = MetricsWriter(tmp_path, keep_bytes=position)
+        resumed.write(2, "rl", {"a": value})
+        resumed.close()
+        assert events(tmp_path) == [("warm-up/a", 1, 1.0), ("a", 1, 2.0), ("a", 2, value)]

@@ -57,6 +57,7 @@ def test_a_named_folder_is_used_as_it_is_with_its_parents(tmp_path):
 
 def test_an_empty_folder_may_be_named(tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".config.yaml.123").touch()  # a run was killed as it began
     folder, resolved = create_run_folder(config(dir="empty"))
     assert load_run_config(folder) == resolved
 

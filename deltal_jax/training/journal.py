@@ -21,11 +21,10 @@ from deltal_jax.training.run_folder import write_text
 class VerdictJournal:
     """A folder with one small file for each call that judged, `<phase>-<step>-<digest>.json`: there
     as a whole or not at all. The digest is of all that the verdicts depend on, so that nobody needs
-    to count the calls of a step. Of several processes one writes.
+    to count the calls of a step, and each of several processes keeps those on its share.
     """
 
     folder: Path
-    write: bool = True
 
     def of(self, phase: str, step: int) -> Callable[..., list[Verdict]]:
         """`judge` of a step of a phase, as `grade` wants it."""
@@ -44,13 +43,12 @@ class VerdictJournal:
             return [Verdict(*fields) for fields in json.loads(path.read_bytes())]
         except (FileNotFoundError, ValueError):  # empty, where the machine died
             verdicts = judge()
-        if self.write:
-            self.folder.mkdir(exist_ok=True)
-            write_text(path, json.dumps([dataclasses.astuple(verdict) for verdict in verdicts]))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps([dataclasses.astuple(verdict) for verdict in verdicts]))
         return verdicts
 
     def drop(self, step: int) -> None:
         """Forget the steps before this one, which no resume repeats any more."""
-        for path in self.folder.glob("*") if self.write else ():
+        for path in self.folder.glob("*"):
             if int(path.name.split("-")[1]) < step:
                 path.unlink(missing_ok=True)

@@ -115,7 +115,7 @@ def train(
     running = position.running
     journal = None
     if EarlyVerdicts.serves(setup.task):
-        journal = VerdictJournal(folder / run_folder.VERDICTS, write=jax.process_index() == 0)
+        journal = VerdictJournal(folder / run_folder.VERDICTS)
     run = Run(folder, setup, wanted, writer, checkpoints, display, profile, journal, running)
     run.announce(newest, position)
     try:

@@ -75,7 +75,8 @@ def check_run_folder(config: Config) -> None:
         raise UserError(f"run.dir: {error.strerror}; name a shorter folder") from error
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir: {folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    left = f".{CONFIG}."  # by a run that was killed while it wrote its first file
+    if folder.is_dir() and any(not path.name.startswith(left) for path in folder.iterdir()):
         raise UserError(
             f"run.dir: {folder} exists already; add --resume to go on with it, or name another"
         )
