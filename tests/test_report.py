@@ -104,6 +104,7 @@ def fill_run(folder: pathlib.Path) -> None:
     config = "run:\n  name: small <run>\nseed: 3\nrl:\n  steps: 5\nobjective:\n  alpha: 0.75\n"
     (folder / "config.yaml").write_text(config, encoding="utf-8")
     summary = {"formula": "Σ w_i < S_i", "environment": {"jax": "0.10.2"}, "started": "noon"}
+    summary["warnings"] = ["RL step 3: update 1: loss < nan"]
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     lines = [{"step": step, "phase": "sft", "sft/loss": 3.0 / step} for step in (1, 2, 3)]
     lines += [eval_line(0, 0.125), rl_line(1), rl_line(2), eval_line(2, 0.5)]
@@ -173,6 +174,7 @@ def test_name_formula_summary_and_config_are_shown(page):
     assert page.text.count("small <run>") == 3  # title, heading, configuration
     assert page.pres[0] == "Σ w_i < S_i"
     assert "environment.jax0.10.2" in page.text and "startednoon" in page.text
+    assert "WarningsRL step 3: update 1: loss < nan" in page.text
     assert "seed 3" in page.text and "objective.alpha 0.75" in page.text
     assert page.pres[-1].startswith("run:\n  name: small <run>")
     assert page.count("details") == 1

@@ -128,6 +128,9 @@ def write_report(run_dir: pathlib.Path) -> pathlib.Path:
     body = [f'<h1>{title}</h1><p class="note">{subtitle}</p>', _headline(tables, times, config)]
     if formula := summary.pop("formula", None):
         body.append(f'<h2>Loss</h2><pre class="formula">{_text(formula)}</pre>')
+    if warnings := summary.pop("warnings", None):
+        listed = "".join(f"<p>{_text(line)}</p>" for line in warnings)
+        body.append(f"<h2>Warnings</h2>{listed}")
     body += [_plots(lines, tables, times), _samples(run_dir), _setup(run_dir, summary)]
     page = PAGE.format(title=title, css=CSS, body="\n".join(body))
     target, partial = run_dir / "report.html", run_dir / f".report.html.{os.getpid()}"

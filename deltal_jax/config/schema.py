@@ -292,7 +292,7 @@ class GuardConfig:
         None, "RL steps that are kept so though nothing is wrong", low=1
     )
     mismatch_warn: float | None = field(
-        0.05,
+        0.03,
         "mean |Δ log p| of a token between sampler and trainer that warns; null: none",
         low=0.0,
     )

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from deltal_jax.checkpoints.store import SaveError
 from deltal_jax.guard.dumps import DUMPS, Record, save_dump, save_record
 from deltal_jax.guard.health import judge, must_stop
 from deltal_jax.training.collect import Collected
@@ -72,7 +71,7 @@ class StepWatch:
         record = Record(self._step, first, self._reports)
         try:
             save_dump(folder, self._run.setup, state, self._batch, record)
-        except (OSError, ValueError, SaveError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # no room on disk, or in memory
             return f"; not kept for replay: {error}"
         self._dumps[folder] = first
         return f"; see it with: deltal debug replay {folder}"

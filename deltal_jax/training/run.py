@@ -188,10 +188,11 @@ class Run:
     def warn(self, phase: str, step: int, text: str) -> None:
         """Say one line about a step, and keep it in the summary: it goes with the checkpoints, so
         that a resumed run has each warning once. The first ones are kept: they tell the cause."""
-        self.display.say(f"warning: {phase} step {step}: {text}")
+        line = f"{phase} step {step}: {text}"
+        self.display.say(f"warning: {line}")
         kept = self.running.setdefault("warnings", [])
         if len(kept) < MOST_WARNINGS:
-            kept.append({"phase": phase, "step": step, "warning": text})
+            kept.append(line)
             self._add_facts({"warnings": kept})
 
     def _add_facts(self, facts: dict[str, Any]) -> None:
