@@ -6,6 +6,7 @@ import re
 
 from deltal_jax.config import load_config, parse_overrides
 from deltal_jax.errors import UserError
+from deltal_jax.guard import signals
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,12 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _dry_run(name, overrides, as_json=arguments.json)
 
-    from deltal_jax.training.loop import train
+    with signals.listening(at_once=True):
+        from deltal_jax.training.loop import train
 
-    result = train(name, overrides, resume=arguments.resume, profile=profile)
+        result = train(name, overrides, resume=arguments.resume, profile=profile)
     if arguments.json:
         print(json.dumps(result.as_dict()))
-    else:
+    elif result.status == "done" or result.after:
         _print_table(result)
     return 0
 

@@ -45,6 +45,12 @@ class RunConfig:
     dir: str | None = field(None, "run folder; default: a new time-stamped one under runs/")
     tensorboard: bool = field(True, "also write TensorBoard events")
     report: bool = field(True, "write report.html at the end")
+    grace_seconds: float | None = field(
+        30.0,
+        "from SIGTERM or SIGINT to the end; a rollout or evaluation that would take longer is left "
+        "to the resumed run; null: the step is finished",
+        low=0.0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
