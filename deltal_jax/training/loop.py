@@ -18,10 +18,10 @@ from deltal_jax.backend import enable_compile_cache
 from deltal_jax.checkpoints.manifest import Position
 from deltal_jax.config import Config
 from deltal_jax.errors import UserError
-from deltal_jax.guard import signals
+from deltal_jax.guard import signals, supervise
 from deltal_jax.guard.failpoints import fail_point
-from deltal_jax.guard.watch import StepWatch, finite_updates
 from deltal_jax.guard.pulse import phase
+from deltal_jax.guard.watch import StepWatch, finite_updates
 from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics, metrics_size
 from deltal_jax.model.architecture import attention_work
 from deltal_jax.model.lora import overlay
@@ -144,10 +144,13 @@ def _train(
         journal = VerdictJournal(folder / run_folder.VERDICTS, write=jax.process_index() == 0)
     run = Run(folder, setup, wanted, writer, checkpoints, display, profile, stop, journal, running)
     stop.grace, stop.kept = config.run.grace_seconds, run.kept
+    supervise.tell(str(checkpoints.folder), run.resume_command())
     run.announce(newest, position)
     try:
-        step, status = _run_phases(run, newest, position)
-        run.settle(step)
+        with run.watched():
+            step, status = _run_phases(run, newest, position)
+            with phase("save"):
+                run.settle(step)
     finally:
         display.stop()
         close(setup.task)
@@ -274,7 +277,8 @@ def _reinforce(
         saving = 0.0
         due = config.checkpoint.every and step % config.checkpoint.every == 0
         due = due or run.improved(step) or step == config.rl.steps
-        if due or run.stop.asked() or must_stop:
+        stops = run.stop.asked()
+        if due or stops or must_stop:
             saving = run.save(state, "rl", step, batches)
         if must_stop:
             raise run.stopped("RL", step, must_stop)
@@ -285,7 +289,7 @@ def _reinforce(
             "tokens/s": metrics["throughput/tokens_per_s"],
         }
         run.display.update(step, {k: v for k, v in shown.items() if np.isfinite(v)})
-        if run.stop.asked() and step < config.rl.steps:
+        if stops and step < config.rl.steps:
             raise _Interrupted(step)
     last = max(done, config.rl.steps)
     if last and not (config.evaluate.every and last % config.evaluate.every == 0):

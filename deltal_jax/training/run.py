@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from deltal_jax.checkpoints.disk import checksum
+from deltal_jax.checkpoints.disk import checksum, files_under
 from deltal_jax.checkpoints.manifest import Position
 from deltal_jax.checkpoints.reader import SavedSteps
 from deltal_jax.checkpoints.retention import Keep
@@ -23,6 +23,7 @@ from deltal_jax.config import Config, dump_config, load_config
 from deltal_jax.errors import UserError
 from deltal_jax.guard.pulse import phase
 from deltal_jax.guard.signals import Abandoned, Stop
+from deltal_jax.guard.watchdog import watching
 from deltal_jax.metrics import MetricsWriter
 from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.base import RolloutEngine
@@ -230,6 +231,18 @@ class Run:
             )
         return TrainingError(f"{phase} step {step}: {what}; {saved}")
 
+    def watched(self) -> AbstractContextManager[None]:
+        """Look after it, as the config says."""
+        config = self.setup.config.watchdog
+        return watching(
+            self.folder,
+            config.seconds,
+            stop=config.action == "stop",
+            say=self.display.say,
+            kept=self.kept,
+            written=lambda: _size(self.checkpoints.folder),
+        )
+
     def kept(self) -> tuple[str, bool]:
         """What there is to go on from, in words, and whether there is anything; waits for no save
         that is under way."""
@@ -398,6 +411,14 @@ def _check_data(folder: Path, task: Task) -> None:
             f"data: {', '.join(changed)} is not what the run was started with; bring that back, or "
             "start a new run"
         )
+
+
+def _size(folder: epath.Path) -> int:
+    """Bytes below a folder; -1 where files come and go."""
+    try:
+        return sum(path.stat().length for _, path in files_under(folder))
+    except OSError:
+        return -1
 
 
 def _reward_names(rewards: Sequence[Reward | str]) -> list[str]:
