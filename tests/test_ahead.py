@@ -112,8 +112,8 @@ def test_an_error_in_the_thread_is_raised_as_it_is_where_its_batch_is_wanted():
     opened, params = batches_of({}, [Reward(failing)])
     with opened as batches:
         batches.next(params, 0)
-        # What is saved is where the batch that failed began.
-        assert batches.saved() == {} and batches.next_prompt == 4
+        # What is saved is where the batch that failed began, and what it was sampled by.
+        assert batches.saved().keys() == {"behind"} and batches.next_prompt == 4
         with pytest.raises(ZeroDivisionError, match="the reward's own"):
             batches.next(params, 1)
     assert sampling_threads() == threads

@@ -3,9 +3,12 @@
 import argparse
 import json
 import re
+import sys
+import traceback
 
 from deltal_jax.config import load_config, parse_overrides
 from deltal_jax.errors import UserError
+from deltal_jax.guard import signals, supervise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,14 +50,35 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _dry_run(name, overrides, as_json=arguments.json)
 
-    from deltal_jax.training.loop import train
+    if supervise.wanted():
+        return supervise.supervise(
+            [sys.executable, "-m", "deltal_jax.cli.main", *_again(arguments)]
+        )
+    supervise.follow_parent()
+    with signals.listening(at_once=True):
+        from deltal_jax.training.loop import train
 
-    result = train(name, overrides, resume=arguments.resume, profile=profile)
+        try:
+            result = train(name, overrides, resume=arguments.resume, profile=profile)
+        except (UserError, ArithmeticError):
+            raise
+        except Exception:
+            if not supervise.supervised():
+                raise
+            traceback.print_exc()  # an ordinary exit would wait for processes that may be gone
+            signals.leave("deltal: the run failed", 1)
     if arguments.json:
         print(json.dumps(result.as_dict()))
-    else:
+    elif result.status == "done" or result.after:
         _print_table(result)
     return 0
+
+
+def _again(arguments: argparse.Namespace) -> list[str]:
+    """The command line that says the same."""
+    given = ["train", *arguments.items]
+    given += [f"--{name}" for name in ("resume", "json") if getattr(arguments, name)]
+    return given + (["--profile", arguments.profile] if arguments.profile else [])
 
 
 def _parse_profile(text: str | None) -> tuple[int, int] | None:

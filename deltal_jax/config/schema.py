@@ -45,6 +45,12 @@ class RunConfig:
     dir: str | None = field(None, "run folder; default: a new time-stamped one under runs/")
     tensorboard: bool = field(True, "also write TensorBoard events")
     report: bool = field(True, "write report.html at the end")
+    grace_seconds: float | None = field(
+        30.0,
+        "from SIGTERM or SIGINT to the end; a rollout or evaluation that would take longer is left "
+        "to the resumed run; null: the step is finished",
+        low=0.0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,6 +318,16 @@ class GuardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WatchdogConfig:
+    seconds: float | None = field(
+        900.0, "without a sign of life, compiling included, before it says so; null: never", low=0.1
+    )
+    action: Literal["warn", "stop"] = field(
+        "warn", "then: say so and go on, or end the process with exit code 1"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One experiment."""
 
@@ -333,6 +349,7 @@ class Config:
     evaluate: EvaluateConfig = field(EvaluateConfig, "evaluation on held-out problems")
     checkpoint: CheckpointConfig = field(CheckpointConfig, "checkpoints")
     guard: GuardConfig = field(GuardConfig, "when a run warns, leaves out an update, or stops")
+    watchdog: WatchdogConfig = field(WatchdogConfig, "what notices that a run hangs")
 
     @property
     def bucket_edges(self) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ def start_distributed(
     processes: int | None = None,
     process_id: int | None = None,
     *,
-    heartbeat_timeout: int = 100,
+    heartbeat_timeout: int | None = None,
 ) -> None:
     """Join the processes of a run into one; call it in each of them before anything else of JAX.
 
@@ -58,15 +58,18 @@ def start_distributed(
     set. Where nothing is set and nothing detected this is a single process: does nothing. A second
     call does nothing either.
 
-    `heartbeat_timeout`, in seconds: a process that dies inside a collective takes the others down
-    at once; one that dies (or whose host hangs) outside of any is missed after this time, and then
-    the others abort and can be restarted from a checkpoint.
+    `heartbeat_timeout`, in seconds (None: DELTAL_HEARTBEAT, or else 100): a process that dies
+    inside a collective takes the others down at once; one that dies (or whose host hangs) outside
+    of any is missed after this time, and then the others abort and can be restarted from a
+    checkpoint.
 
     Raises ValueError where some values are set and others are missing, RuntimeError where several
     processes are meant and JAX already runs in this one.
     """
     if jax.distributed.is_initialized():
         return
+    if heartbeat_timeout is None:
+        heartbeat_timeout = _integer("DELTAL_HEARTBEAT") or 100
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     processes = processes if processes is not None else _integer("JAX_NUM_PROCESSES")
     process_id = process_id if process_id is not None else _integer("JAX_PROCESS_ID")

@@ -21,6 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from deltal_jax.errors import UserError
+from deltal_jax.guard.pulse import pulse
+from deltal_jax.guard.signals import check
 from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.precision import ROUND_ALIKE
 from deltal_jax.model.transformer import cast_weights, take_apart
@@ -67,6 +69,9 @@ LONG_TAIL = 4
 #: Steps between two looks at what has ended, where someone is told of it, and on a mesh at whether
 #: all that is needed is there.
 CHUNK = 64
+#: Steps between two signs of life where nobody is told of anything; a run that is asked to stop
+#: does not have to wait for longer.
+PACE = 256
 #: Prompt tokens that are prefilled at once.
 PREFILL_TOKENS = 8192
 
@@ -286,7 +291,7 @@ class Engine:
         # On a mesh the devices run out at different times, and would wait for each other. And where
         # many responses share a slot the tail is too short to be worth more programs.
         giving_up = self.mesh is None and slots.lengths.shape[0] <= LONG_TAIL * self.options.slots
-        limit = jnp.asarray(steps or CHUNK * (tell is not None), jnp.int32)
+        limit = jnp.asarray(steps or (PACE if tell is None else CHUNK), jnp.int32)
         sizes = _parts(self.options.slots, FEWEST) if giving_up else []
         while True:
             window = window_of(slots)
@@ -300,6 +305,8 @@ class Engine:
             slots, status = self._run(
                 weights, store, queue, slots, narrow, jnp.asarray(few, jnp.int32), limit
             )
+            pulse()
+            check()
             if status.owed == 0:
                 return slots, True
             end = int(status.longest)
@@ -307,8 +314,8 @@ class Engine:
                 return slots, False
             if tell is not None:
                 tell(slots)
-                if status.paused and not steps:
-                    continue
+            if status.paused and not steps:
+                continue
             if few and status.last and status.live <= few:
                 slots = self._compact(slots, min(n for n in fewer if n >= status.live))
             wanted = _fitting(windows, max(end + 1, longest))

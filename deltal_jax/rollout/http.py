@@ -18,6 +18,8 @@ import numpy as np
 from jaxtyping import Array
 
 from deltal_jax.errors import UserError
+from deltal_jax.guard.pulse import pulse
+from deltal_jax.guard.signals import check
 from deltal_jax.model.architecture import Architecture
 from deltal_jax.rollout.base import Finished
 from deltal_jax.rollout.checks import check_request
@@ -35,6 +37,8 @@ from deltal_jax.types import Prompts, Responses, Rollout
 RETRIES, BACKOFF = 4, 0.5
 #: Bytes that an answer may have: so many, and so many for each token.
 ANSWER_BYTES, TOKEN_BYTES = 2**20, 2**10
+#: Seconds between two looks at whether the run is to stop.
+LOOK = 1.0
 #: Log-probabilities that differ by less are the same.
 SAME = 1e-6
 #: A likeliest token above this log-probability is certain at every temperature.
@@ -177,7 +181,8 @@ class HttpEngine:
         pool = ThreadPoolExecutor(self._places(len(asked)))
         try:
             futures = [pool.submit(self._one, client, own, finished) for own in asked]
-            wait(futures)
+            while wait(futures, LOOK).not_done:
+                check()
         finally:
             client.close()
             pool.shutdown(cancel_futures=True)
@@ -202,6 +207,7 @@ class HttpEngine:
                     f"{asked.row}): {error}"
                 ) from error
             raise
+        pulse()
         return Given(answer, begin // 1000, time.monotonic_ns() // 1000)
 
     def _ask(self, client: Client, asked: Asked, options: SamplingOptions, best: int = 0) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from deltal_jax.errors import UserError
+from deltal_jax.guard.pulse import pulse
+from deltal_jax.guard.signals import check, result_of
 from deltal_jax.tasks.base import Missing, Problem, Task, Verdict, verify_all
 from deltal_jax.tasks.mixture import Mixture
 
@@ -106,7 +108,9 @@ def grade(
         if isinstance(item, str):
             name, weight, values = task.name, 1.0, [v.reward for v in verdicts]
         else:
+            check(together=False)
             name, weight, values = item.name, item.weight, _call(item, problems, responses)
+            pulse()
         parts[name] = np.asarray([math.nan if v is None else v for v in values], np.float64)
         total += weight * parts[name]
     if isinstance(task, Mixture):
@@ -126,7 +130,7 @@ def _verdicts(
     early = early or [None] * len(pairs)
     rest = [pair for pair, begun in zip(pairs, early, strict=True) if begun is None]
     others = iter(verify_all(task, rest))
-    return [next(others) if begun is None else begun.result() for begun in early]
+    return [next(others) if begun is None else result_of(begun) for begun in early]
 
 
 def _call(

@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
 
+from deltal_jax.guard.pulse import pulse
+
 #: Bytes of one message to a worker: less than a pipe holds, so that sending never blocks.
 MAX_MESSAGE = 60_000
 #: Bytes of one reply.
@@ -161,6 +163,7 @@ def _serve(
                 with lock:
                     counts[outcome.status] += 1
                 future.set_result(then(outcome))
+                pulse()
             except Exception as error:
                 future.set_exception(error)
     finally:

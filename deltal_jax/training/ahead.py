@@ -10,7 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from deltal_jax.guard import signals
+from deltal_jax.model.lora import overlay, trained
 from deltal_jax.tasks.grading import Reward
 from deltal_jax.training.collect import (
     Collected,
@@ -39,11 +42,18 @@ def open_batches(
     carried = load_carried(rollouts["carried"]) if "carried" in rollouts else None
     where: dict[str, Any] = {"next_prompt": next_prompt, "carried": carried}
     stream = RolloutStream(setup, engine, key, rewards, **where, journal=journal)
-    if not config.rollout.ahead:
-        return nullcontext(stream)
     pending = load_collected(rollouts["pending"]) if "pending" in rollouts else None
+    if not config.rollout.ahead:
+        stream.pending = pending
+        return nullcontext(stream)
     updates = config.rl.updates_per_rollout * config.rl.epochs_per_rollout
-    return Ahead(stream, steps=config.rl.steps, updates_per_step=updates, pending=pending)
+    return Ahead(
+        stream,
+        steps=config.rl.steps,
+        updates_per_step=updates,
+        pending=pending,
+        behind=rollouts.get("behind"),
+    )
 
 
 class Ahead:
@@ -62,8 +72,13 @@ class Ahead:
         steps: int,
         updates_per_step: int,
         pending: Collected | None = None,
+        behind: dict[str, Any] | None = None,
     ):
         self._stream, self._steps, self._updates = stream, steps, updates_per_step
+        #: Saved parameters that the first batch is sampled by; None: the step's own.
+        self._before = behind
+        #: Those of the batch that is being sampled, or failed, and how many updates old they are.
+        self._behind: tuple[Any, int] | None = None
         self._thread: threading.Thread | None = None
         self._pending: Future[Collected] | None = None
         self._began = self._ended = time.perf_counter()  # the last period; the last rollout
@@ -89,10 +104,14 @@ class Ahead:
 
     def next(self, params: Any, step: int) -> Collected:
         """The batch of an RL step, counted from 0."""
-        if self._pending is None:
+        if self._pending is None and self._before is not None:
+            older, self._before = _load_behind(self._before, params), None
+            self._submit(older, step, staleness=self._updates)
+        elif self._pending is None:
             self._submit(params, step, staleness=0)
         batch = self._wait()
         assert batch is not None
+        signals.check_update()  # it waits where the run has to stop, and no other begins
         now = time.perf_counter()
         idle = idle_shares(self._began, self._ended, now, self._waited)
         self._began, self._waited, self._pending = now, 0.0, None
@@ -102,10 +121,15 @@ class Ahead:
 
     def saved(self) -> dict[str, Any]:
         """Arrays that a checkpoint needs beside `next_prompt`: the batch that comes next, and what
-        it leaves to those after it. None of a batch that failed: it is sampled anew."""
+        it leaves to those after it. Of a batch that failed or was given up, what it is sampled anew
+        by: the parameters of one step ago."""
         batch = self._settled()
-        pending = {} if batch is None else {"pending": arrays_of(batch)}
-        return pending | self._stream.saved()
+        if batch is not None:
+            return {"pending": arrays_of(batch)} | self._stream.saved()
+        behind = {}
+        if self._behind is not None and self._behind[1]:
+            behind = _save_behind(self._behind[0])
+        return behind | self._stream.saved()
 
     def _submit(self, params: Any, step: int, *, staleness: int) -> None:
         """Begin a batch. The parameters are copied here, as the update takes their memory."""
@@ -113,14 +137,16 @@ class Ahead:
         if placed is params:
             placed = jax.tree.map(jnp.copy, params)
         self._pending = pending = Future[Collected]()
+        self._behind = placed, staleness
 
         def sample() -> None:
             try:
-                batch = self._stream.next(placed, step)
+                batch = self._stream.sample(placed, step)
             except BaseException as error:
                 pending.set_exception(error)
                 return
             batch.metrics["rollout/staleness"] = float(staleness)
+            self._behind = None
             self._ended = time.perf_counter()
             pending.set_result(batch)
 
@@ -146,6 +172,24 @@ class Ahead:
             return self._pending.result()
         finally:
             self._waited += time.perf_counter() - started
+
+
+def _save_behind(params: Any) -> dict[str, Any]:
+    """The trained parameters by number; nothing where other processes hold a part of them."""
+    leaves = jax.tree.leaves(trained(params))
+    if not all(leaf.is_fully_addressable for leaf in leaves):
+        return {}
+    return {"behind": {str(number): np.asarray(leaf) for number, leaf in enumerate(leaves)}}
+
+
+def _load_behind(saved: dict[str, Any], params: Any) -> Any:
+    """`params` with the saved values, where they lie."""
+    leaves, tree = jax.tree.flatten(trained(params))
+    older = [
+        jax.device_put(np.asarray(saved[str(number)]), leaf.sharding)
+        for number, leaf in enumerate(leaves)
+    ]
+    return overlay(params, jax.tree.unflatten(tree, older))
 
 
 def idle_shares(began: float, ended: float, now: float, waited: float) -> dict[str, float]:

@@ -17,7 +17,9 @@ from jaxtyping import Int
 
 from deltal_jax.data.prompts import Drop, problems_at
 from deltal_jax.errors import UserError
+from deltal_jax.guard import signals
 from deltal_jax.guard.failpoints import fail_point
+from deltal_jax.guard.pulse import phase
 from deltal_jax.rollout.base import Finished, RolloutEngine
 from deltal_jax.rollout.results import assemble, begin, join, take
 from deltal_jax.rollout.schedule import RolloutStats
@@ -85,7 +87,8 @@ class RolloutStream:
     still sampled; this changes how long a step takes, and nothing else.
 
     What one step leaves to the next is `next_prompt`, the first position of the stream that has not
-    begun, and `carried`, the responses to the prompts right before it.
+    begun, and `carried`, the responses to the prompts right before it. A run that has to stop may
+    also leave a batch, `pending`, that no update was begun on.
     """
 
     def __init__(
@@ -97,10 +100,11 @@ class RolloutStream:
         *,
         next_prompt: int = 0,
         carried: Responses | None = None,
+        pending: Collected | None = None,
         journal: VerdictJournal | None = None,
     ):
         self.setup, self.engine, self._journal = setup, engine, journal
-        self.next_prompt, self.carried = next_prompt, carried
+        self.next_prompt, self.carried, self.pending = next_prompt, carried, pending
         # A copy: the state that it is part of is given away to every update.
         self._key, self._rewards = jnp.copy(key), rewards
         self._dropped: dict[int, Drop] = {}  # positions of this step without a prompt
@@ -109,11 +113,21 @@ class RolloutStream:
             self._early = EarlyVerdicts(setup.task, functools.partial(response_text, setup))
 
     def next(self, params: Any, step: int) -> Collected:
-        """The batch of an RL step (counted from 0), sampled by `params`. Where that fails, the
-        stream is where it was."""
+        """The batch of an RL step (counted from 0): the one that waits, or as `sample` does. It
+        goes on waiting where the run has to stop first."""
+        if self.pending is None:
+            self.pending = self.sample(params, step)
+        signals.check_update()
+        batch, self.pending = self.pending, None
+        return batch
+
+    def sample(self, params: Any, step: int) -> Collected:
+        """A batch sampled by `params`, for an RL step counted from 0. Where that fails, the stream
+        is where it was."""
         before = self.next_prompt, self.carried
         try:
-            return self._next(params, step)
+            with phase("rollout", f"RL step {step + 1}"):
+                return self._next(params, step)
         except BaseException:
             self.next_prompt, self.carried = before
             self._dropped = {}
@@ -159,8 +173,10 @@ class RolloutStream:
         return Collected(batch.positions, batch.rollout, batch.rewards, metrics)
 
     def saved(self) -> dict[str, Any]:
-        """Arrays that a checkpoint needs beside `next_prompt`; none where nothing is carried."""
-        return {} if self.carried is None else {"carried": arrays_of(self.carried)}
+        """Arrays that a checkpoint needs beside `next_prompt`; none where nothing is carried and
+        no batch waits."""
+        left = {"carried": self.carried, "pending": self.pending}
+        return {name: arrays_of(value) for name, value in left.items() if value is not None}
 
     def _gather(self, params: Any, step: int) -> _Gathered:
         """Sample and grade until there are enough good groups, or no more rounds."""
@@ -171,10 +187,11 @@ class RolloutStream:
             share = float(np.mean(found.good)) if found.good else 1.0
             found.rounds.append(self._sample(params, missing, share, step, len(found.rounds)))
             clock = time.perf_counter()
-            while count := min(wanted - sum(found.good), self._ready()):
-                groups = self._grade(self._pop(count), found, step)
-                found.parts.append(groups)
-                found.good += self._good(groups).tolist()
+            with phase("grading"):
+                while count := min(wanted - sum(found.good), self._ready()):
+                    groups = self._grade(self._pop(count), found, step)
+                    found.parts.append(groups)
+                    found.good += self._good(groups).tolist()
             found.grading += time.perf_counter() - clock
         if missing and not options.fill_up:
             raise UserError(

@@ -18,7 +18,9 @@ from deltal_jax.backend import enable_compile_cache
 from deltal_jax.checkpoints.manifest import Position
 from deltal_jax.config import Config
 from deltal_jax.errors import UserError
+from deltal_jax.guard import signals, supervise
 from deltal_jax.guard.failpoints import fail_point
+from deltal_jax.guard.pulse import phase
 from deltal_jax.guard.watch import StepWatch, finite_updates
 from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics, metrics_size
 from deltal_jax.model.architecture import attention_work
@@ -36,12 +38,14 @@ from deltal_jax.training.journal import VerdictJournal
 from deltal_jax.training.objective import minibatch_ids, reject, weigh
 from deltal_jax.training.optimizer import learning_rate
 from deltal_jax.training.run import (
+    OWED,
     Run,
     check_profile,
     choose_rewards,
     create_run,
     open_checkpoints,
     reopen_run,
+    stage,
 )
 from deltal_jax.training.setup import Setup, init_params, make_engine, make_update
 from deltal_jax.training.sft import demonstration_batches
@@ -49,9 +53,14 @@ from deltal_jax.training.step import Meters, Update, UpdateReport
 from deltal_jax.training.trained import restore_state, root_key
 from deltal_jax.types import Bucket, Rollout, TrainState
 
+#: The warm-up steps since the last line of metrics, among what is kept with a checkpoint.
+PENDING = "sft/pending"
+#: Warm-up steps between two looks at signals where several processes have to agree on them.
+AGREE_EVERY = 10
+
 
 class _Interrupted(Exception):
-    """SIGINT arrived and the state was saved."""
+    """A signal came, and the state was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +100,30 @@ def train(
     `resume` goes on from the newest checkpoint. `profile` = (start, stop) traces those RL steps
     with the JAX profiler.
 
-    Raises UserError for bad input and TrainingError where `guard` in the config stops the run.
+    SIGINT and SIGTERM save and end it: see `guard.signals`.
+
+    Raises UserError for bad input, TrainingError where `guard` in the config stops the run, and
+    `guard.signals.Stopped` for a signal where there is nothing new to save.
     """
+    display = ProgressDisplay(quiet=quiet)
+    wanted = None if rewards is None else as_rewards(rewards)
+    with signals.listening() as stop:
+        if not quiet:
+            stop.say = display.say
+        return _train(experiment, dict(overrides or {}), wanted, resume, profile, display, stop)
+
+
+def _train(
+    experiment: str | Path | None,
+    overrides: dict[str, Any],
+    wanted: Sequence[Reward | str] | None,
+    resume: bool,
+    profile: tuple[int, int] | None,
+    display: ProgressDisplay,
+    stop: signals.Stop,
+) -> TrainResult:
     started = time.monotonic()
     enable_compile_cache()
-    overrides = dict(overrides or {})
-    wanted = None if rewards is None else as_rewards(rewards)
-    display = ProgressDisplay(quiet=quiet)
     if resume:
         name = None if experiment is None else str(experiment)
         folder, setup = reopen_run(name, overrides, wanted, display)
@@ -116,12 +142,15 @@ def train(
     journal = None
     if EarlyVerdicts.serves(setup.task):
         journal = VerdictJournal(folder / run_folder.VERDICTS)
-    run = Run(folder, setup, wanted, writer, checkpoints, display, profile, journal, running)
+    run = Run(folder, setup, wanted, writer, checkpoints, display, profile, stop, journal, running)
+    stop.grace, stop.kept = config.run.grace_seconds, run.kept
+    supervise.tell(str(checkpoints.folder), run.resume_command())
     run.announce(newest, position)
     try:
-        with run.interruptible():
+        with run.watched():
             step, status = _run_phases(run, newest, position)
-        run.settle(step)
+            with phase("save"):
+                run.settle(step)
     finally:
         display.stop()
         close(setup.task)
@@ -135,10 +164,12 @@ def _run_phases(run: Run, newest: int | None, position: Position) -> tuple[int, 
     setup, config = run.setup, run.setup.config
     warm_up, policy = make_update(setup, "sft"), make_update(setup, "rl")
     init_key, run_key = jax.random.split(root_key(config.seed))
-    if newest is None:
-        state = warm_up.init(init_params(setup, init_key), run_key, donate=True)
-    else:
-        state = restore_state(run.checkpoints, newest, setup, position)
+    with phase("start-up"):
+        if newest is None:
+            state = warm_up.init(init_params(setup, init_key), run_key, donate=True)
+        else:
+            state = restore_state(run.checkpoints, newest, setup, position)
+    run.stop.serving = not run.stop.alone
     step = position.step if position.phase == "rl" else 0
     evaluator = make_engine(setup, temperature=config.evaluate.temperature)
     try:
@@ -148,7 +179,9 @@ def _run_phases(run: Run, newest: int | None, position: Position) -> tuple[int, 
             state = policy.init(state.params, state.key, reference=reference, donate=True)
             run.evaluate(evaluator, state, 0)
             run.save(state, "rl", 0)
-        if run.stop_requested:
+        elif run.running.get(OWED):
+            run.evaluate(evaluator, state, step)
+        if run.stop.asked():
             raise _Interrupted(step)
         rollouts = {} if newest is None else run.checkpoints.read_rollouts(newest)
         where: dict[str, Any] = {"next_prompt": position.next_prompt, "rollouts": rollouts}
@@ -160,25 +193,36 @@ def _run_phases(run: Run, newest: int | None, position: Position) -> tuple[int, 
 
 
 def _warm_up(run: Run, update: Update, state: TrainState, done: int) -> TrainState:
-    """Supervised steps done+1 … sft.steps. An interrupt is honoured at the next line of metrics, so
-    that a line never spans a resume."""
+    """Supervised steps done+1 … sft.steps."""
     config = run.setup.config.sft
     batches = demonstration_batches(run.setup.config, run.setup.task, run.setup.tokenizer)
     schedule = learning_rate(config.optimizer, config.steps)
     run.display.start("warm-up", done, config.steps)
     pending, tokens, clock = [], 0, time.perf_counter()
+    before = run.running.pop(PENDING, {"good": [], "steps": 0})
+    good, steps = before["good"], before["steps"]
     for step, batch in enumerate(islice(batches, done, config.steps), start=done + 1):
-        state, metrics = update.single(state, batch)
+        with stage("update", "sft", step):
+            state, metrics = update.single(state, batch)
+        run.stop.serving = True
         pending.append((step, batch.tokens.shape, metrics))
         tokens += int(np.sum(batch.loss_mask))
-        if step % config.log_every and step < config.steps:
+        writes = not step % config.log_every or step == config.steps
+        stops = (run.stop.alone or not step % AGREE_EVERY) and run.stop.asked()
+        if not writes and not stops:
             continue
-        good = finite_updates(run, pending)
+        with stage("update", "sft", step):
+            good += finite_updates(run, pending)
+        steps, pending = steps + len(pending), []
+        if not writes:
+            run.running[PENDING] = {"good": good, "steps": steps}
+            run.save(state, "sft", step)
+            raise _Interrupted(0)
         seconds = time.perf_counter() - clock
         line = {
             "sft/loss": _mean([loss for loss, _ in good]),
             "optim/grad_norm": good[-1][1] if good else float("nan"),
-            "optim/skipped": float(len(pending) - len(good)),
+            "optim/skipped": float(steps - len(good)),
             "optim/lr": float(np.asarray(schedule(step - 1))),
             "throughput/tokens_per_s": tokens / seconds,
             "time/update": seconds,
@@ -186,10 +230,10 @@ def _warm_up(run: Run, update: Update, state: TrainState, done: int) -> TrainSta
         run.writer.write(step, "sft", line)
         shown = {"loss": line["sft/loss"], "tokens/s": line["throughput/tokens_per_s"]}
         run.display.update(step, shown)
-        if run.stop_requested and step < config.steps:
+        if stops and step < config.steps:
             run.save(state, "sft", step)
             raise _Interrupted(0)
-        pending, tokens, clock = [], 0, time.perf_counter()
+        good, steps, tokens, clock = [], 0, 0, time.perf_counter()
     return state
 
 
@@ -212,11 +256,15 @@ def _reinforce(
                 batch = batches.next(state.params, step - 1)
             except Exception as error:
                 run.save(state, "rl", step - 1, batches)
+                if isinstance(error, signals.Abandoned):
+                    raise _Interrupted(step - 1) from error
                 if isinstance(error, UserError) and step > done + 1:  # it was good input so far
                     raise run.stopped("RL", step, error) from error
                 raise
-            watch = StepWatch(run, step)
-            state, metrics = update_policy(run.setup, update, state, batch, watch)
+            watch, began = StepWatch(run, step), time.perf_counter()
+            with stage("update", "rl", step):
+                state, metrics = update_policy(run.setup, update, state, batch, watch)
+        run.stop.serving, run.stop.update_seconds = True, time.perf_counter() - began
         seconds = time.perf_counter() - clock
         metrics |= batch.metrics | {
             "throughput/tokens_per_s": float(batch.rollout.response_lengths.sum()) / seconds,
@@ -229,7 +277,8 @@ def _reinforce(
         saving = 0.0
         due = config.checkpoint.every and step % config.checkpoint.every == 0
         due = due or run.improved(step) or step == config.rl.steps
-        if due or run.stop_requested or must_stop:
+        stops = run.stop.asked()
+        if due or stops or must_stop:
             saving = run.save(state, "rl", step, batches)
         if must_stop:
             raise run.stopped("RL", step, must_stop)
@@ -240,11 +289,13 @@ def _reinforce(
             "tokens/s": metrics["throughput/tokens_per_s"],
         }
         run.display.update(step, {k: v for k, v in shown.items() if np.isfinite(v)})
-        if run.stop_requested and step < config.rl.steps:
+        if stops and step < config.rl.steps:
             raise _Interrupted(step)
     last = max(done, config.rl.steps)
     if last and not (config.evaluate.every and last % config.evaluate.every == 0):
         run.evaluate(evaluator, state, last)
+    if OWED in run.running:
+        raise _Interrupted(last)
     return last
 
 
@@ -358,6 +409,11 @@ def rollout_logprobs(update: Update, params: Any, rollout: Rollout, **layout: An
 
 
 def _finish(run: Run, step: int, status: str, seconds: float) -> TrainResult:
+    stop = run.stop
+    stop.serving = stop.saved = True
+    if status == "interrupted":
+        by = "a signal" if stop.asked_by is None else stop.asked_by.name
+        run.display.say(f"stopped by {by} in {stop.where}: {stop.kept()[0]}")
     prefix = f"eval/{run.setup.task.name}/"
     evaluations = [line for line in load_metrics(run.folder / FILE_NAME) if line["phase"] == "eval"]
     figures = [
@@ -367,8 +423,9 @@ def _finish(run: Run, step: int, status: str, seconds: float) -> TrainResult:
     ]
     order = monotonicity(evaluations)
     run.conclude(order)
-    report = write_report(run.folder) if run.setup.config.run.report else None
-    if status == "interrupted":
-        run.display.say(f"interrupted after RL step {step}; go on with: {run.resume_command()}")
+    report = None
+    if run.setup.config.run.report and stop.spare() > 0:
+        with phase("report"):
+            report = write_report(run.folder)
     before, after = (figures[0], figures[-1]) if figures else ({}, {})
     return TrainResult(run.folder, report, status, step, before, after, order, seconds)

@@ -5,22 +5,25 @@ import copy
 import dataclasses
 import json
 import platform
-import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
 
-from deltal_jax.checkpoints.disk import checksum
+from deltal_jax.checkpoints.disk import checksum, files_under
 from deltal_jax.checkpoints.manifest import Position
+from deltal_jax.checkpoints.reader import SavedSteps
 from deltal_jax.checkpoints.retention import Keep
 from deltal_jax.checkpoints.store import Checkpoints, SaveError
 from deltal_jax.config import Config, dump_config, load_config
 from deltal_jax.errors import UserError
+from deltal_jax.guard.pulse import phase
+from deltal_jax.guard.signals import Abandoned, Stop
+from deltal_jax.guard.watchdog import watching
 from deltal_jax.metrics import MetricsWriter
 from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.base import RolloutEngine
@@ -44,6 +47,8 @@ from deltal_jax.types import TrainState
 
 #: Of a run, that are kept.
 MOST_WARNINGS = 100
+#: Among what is kept with a checkpoint: the step's evaluation is still to be done.
+OWED = "evaluation owed"
 
 
 class TrainingError(ArithmeticError):
@@ -61,13 +66,13 @@ class Run:
     checkpoints: Checkpoints
     display: ProgressDisplay
     profile: tuple[int, int] | None
+    stop: Stop
     #: None where verdicts are this process's own, and the same again.
     journal: VerdictJournal | None = None
     #: Counters and running statistics that a resumed run needs, by name; plain JSON.
     running: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: What the last evaluation found, and after which RL step.
     evaluated: tuple[int, dict[str, float]] = (-1, {})
-    stop_requested: bool = False
     tracing: bool = False
 
     def save(
@@ -93,14 +98,15 @@ class Run:
             # From the last but one on: the last may turn out to be damaged.
             self.journal.drop(complete[-2:][0] - self.setup.config.sft.steps)
         try:
-            self.checkpoints.save(
-                number,
-                state,
-                position,
-                rollouts,
-                metrics=self._found(step) if phase == "rl" else {},
-                before=self.writer.sync,
-            )
+            with stage("save", phase, step):
+                self.checkpoints.save(
+                    number,
+                    state,
+                    position,
+                    rollouts,
+                    metrics=self._found(step) if phase == "rl" else {},
+                    before=self.writer.sync,
+                )
         except SaveError as error:
             raise self.stopped({"sft": "warm-up", "rl": "RL"}[phase], step, error) from error
         return time.perf_counter() - started
@@ -123,10 +129,19 @@ class Run:
         return self.evaluated[1] if self.evaluated[0] == step else {}
 
     def evaluate(self, engine: RolloutEngine, state: TrainState, step: int) -> float:
-        """Evaluate on the held-out problems, write and say what was found; returns the accuracy."""
+        """Evaluate on the held-out problems, write and say what was found; returns the accuracy.
+        NaN where the run has to stop: then it is owed, to be done on resume."""
         clock = time.perf_counter()
         journal = None if self.journal is None else self.journal.of("eval", step)
-        result = evaluate(self.setup, engine, state.params, state.key, journal)
+        self.running[OWED] = True
+        if self.stop.asked():
+            return float("nan")
+        try:
+            with stage("evaluation", "rl", step):
+                result = evaluate(self.setup, engine, state.params, state.key, journal)
+        except Abandoned:
+            return float("nan")
+        del self.running[OWED]
         seconds = {"time/evaluate": time.perf_counter() - clock}
         self.writer.write(step, "eval", result.metrics | seconds)
         self.evaluated = step, result.metrics
@@ -217,6 +232,28 @@ class Run:
             )
         return TrainingError(f"{phase} step {step}: {what}; {saved}")
 
+    def watched(self) -> AbstractContextManager[None]:
+        """Look after it, as the config says."""
+        config = self.setup.config.watchdog
+        return watching(
+            self.folder,
+            config.seconds,
+            stop=config.action == "stop",
+            say=self.display.say,
+            kept=self.kept,
+            written=lambda: _size(self.checkpoints.folder),
+        )
+
+    def kept(self) -> tuple[str, bool]:
+        """What there is to go on from, in words, and whether there is anything; waits for no save
+        that is under way."""
+        newest, warm_up = SavedSteps(self.checkpoints.folder).newest(), self.setup.config.sft.steps
+        if newest is None:
+            return f"nothing was saved yet; start again with: {self.resume_command()}", False
+        phase, before = ("rl", warm_up) if newest >= warm_up else ("sft", 0)
+        after = f"{step_name(phase, newest - before)} (checkpoint {newest})"
+        return f"saved after {after}; go on with: {self.resume_command()}", True
+
     def resume_command(self) -> str:
         """What to type to go on; a run with its own rewards goes on from Python."""
         if list(self.rewards) == ["task"] or self.setup.config.task.rewards is not None:
@@ -240,31 +277,19 @@ class Run:
             done = True
         finally:
             ends = step == min(last, self.setup.config.rl.steps)
-            if ends or self.stop_requested or not done:
+            if ends or self.stop.asked_by is not None or not done:
                 jax.profiler.stop_trace()
                 self.tracing = False
 
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """The first SIGINT asks for a stop after the current step; the second one ends at once."""
 
-        def request(signum: int, frame: Any) -> None:
-            del frame
-            if self.stop_requested:
-                raise KeyboardInterrupt
-            self.stop_requested = True
-            self.display.say(f"{signal.Signals(signum).name}: saving after this step …")
+def step_name(phase: str, step: int) -> str:
+    """A step of a phase, in words."""
+    return f"{'RL' if phase == 'rl' else 'warm-up'} step {step}"
 
-        try:
-            previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: the caller's own handling applies
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+
+def stage(name: str, phase_: str, step: int) -> AbstractContextManager[None]:
+    """What the run does from here on, for those who watch it."""
+    return phase(name, step_name(phase_, step))
 
 
 def create_run(
@@ -387,6 +412,14 @@ def _check_data(folder: Path, task: Task) -> None:
             f"data: {', '.join(changed)} is not what the run was started with; bring that back, or "
             "start a new run"
         )
+
+
+def _size(folder: epath.Path) -> int:
+    """Bytes below a folder; -1 where files come and go."""
+    try:
+        return sum(path.stat().length for _, path in files_under(folder))
+    except OSError:
+        return -1
 
 
 def _reward_names(rewards: Sequence[Reward | str]) -> list[str]:

@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from deltal_jax.guard.pulse import pulse
 from deltal_jax.model.lora import overlay, trained
 from deltal_jax.model.precision import ROUND_ALIKE
 from deltal_jax.objective.aggregation import policy_gradient_loss
@@ -211,6 +212,7 @@ class Update:
         running = self.add(params, self._zero(params, placed), placed)
         for bucket in others:
             running = self.add(params, running, self.place(bucket))
+            pulse()
         return running
 
     def __call__(

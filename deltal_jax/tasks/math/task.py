@@ -14,6 +14,7 @@ from typing import Any
 from deltal_jax.data.rows import DropError, open_rows
 from deltal_jax.data.training_rows import TrainingRows
 from deltal_jax.errors import UserError
+from deltal_jax.guard.signals import result_of
 from deltal_jax.tasks.base import Missing, Problem, Verdict
 from deltal_jax.tasks.math.data import Example, make_example, read_examples
 from deltal_jax.tasks.math.rules import WARM_UP
@@ -137,7 +138,7 @@ class Math:
         The reward is None where there is none: the verifier ran out of time or memory, failed or
         crashed, or could not read the answer.
         """
-        return [future.result() for future in [self.submit(*pair) for pair in pairs]]
+        return [result_of(future) for future in [self.submit(*pair) for pair in pairs]]
 
     def submit(self, response: str, answer: Any) -> Future[Verdict]:
         """The verdict of `verify_batch`, later."""
