@@ -18,21 +18,24 @@ class MetricsWriter:
     null.
 
     `keep_bytes` cuts an existing file back to a checkpoint's position, so that a resumed run does
-    not repeat lines.
+    not repeat lines; TensorBoard is told to forget what stood behind it. Warm-up and RL, whose
+    steps count anew, write events to folders of their own for that.
     """
 
     def __init__(self, folder: Path, *, keep_bytes: int = 0, tensorboard: bool = True):
         path = folder / FILE_NAME
-        self._file = path.open("ab")
-        if (size := path.stat().st_size) < keep_bytes:
+        if (size := metrics_size(folder)) < keep_bytes:
             raise UserError(f"{path}: {size} bytes, where a checkpoint goes on after {keep_bytes}")
+        self._file = path.open("ab")
         self._file.truncate(keep_bytes)
         self._file.seek(0, os.SEEK_END)
-        self._tensorboard: Any = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        self._events: dict[str, Any] = {}  # TensorBoard's writer of each folder
+        self._tensorboard = folder / "tensorboard" if tensorboard else None
+        #: The lines of the last step that is kept, of each folder of events.
+        self._kept: dict[str, list[dict[str, Any]]] = {}
+        for line in load_metrics(path) if keep_bytes and tensorboard else ():
+            lines = self._kept.setdefault(_events_of(line["phase"]), [])
+            lines[:] = [*(x for x in lines if x["step"] == line["step"]), line]
 
     @property
     def bytes_written(self) -> int:
@@ -49,11 +52,29 @@ class MetricsWriter:
             die()
         self._file.write(line + b"\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                if value is not None:
-                    tag = f"warm-up/{name}" if phase == "sft" else name
-                    self._tensorboard.add_scalar(tag, value, step)
+        self._show(step, phase, values)
+
+    def _show(self, step: int, phase: str, values: dict[str, Any]) -> None:
+        """Add a line to TensorBoard's events."""
+        if self._tensorboard is None:
+            return
+        where = _events_of(phase)
+        if where not in self._events:
+            from tensorboardX import SummaryWriter
+
+            kept = self._kept.pop(where, [])
+            last = kept[0]["step"] if kept else 0
+            self._events[where] = SummaryWriter(
+                str(self._tensorboard / where),
+                purge_step=last,
+                filename_suffix=f".{last}",  # a run may go on within the second of its file's name
+            )
+            for line in kept:  # the purge takes those of the last step, too
+                self._show(last, line["phase"], line)
+        for name, value in values.items():
+            if value is not None and name not in ("step", "phase"):
+                tag = f"warm-up/{name}" if phase == "sft" else name
+                self._events[where].add_scalar(tag, value, step)
 
     def sync(self) -> None:
         """Have what was written survive a power failure."""
@@ -62,8 +83,12 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and close both."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for events in self._events.values():
+            events.close()
+
+
+def _events_of(phase: str) -> str:
+    return "warm-up" if phase == "sft" else "."
 
 
 def metrics_size(folder: Path) -> int:
