@@ -25,9 +25,9 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, *, keep_bytes: int = 0, tensorboard: bool = True):
         path = folder / FILE_NAME
-        self._file = path.open("ab")
-        if (size := path.stat().st_size) < keep_bytes:
+        if (size := metrics_size(folder)) < keep_bytes:
             raise UserError(f"{path}: {size} bytes, where a checkpoint goes on after {keep_bytes}")
+        self._file = path.open("ab")
         self._file.truncate(keep_bytes)
         self._file.seek(0, os.SEEK_END)
         self._tensorboard: Any = None

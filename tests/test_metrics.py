@@ -3,6 +3,10 @@
 import json
 import math
 
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from deltal_jax.errors import UserError
 from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics
 
 
@@ -36,7 +40,6 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
 
 def events(folder):
     """Tag, step and value of every scalar, in order."""
-    from tensorboardX.proto.event_pb2 import Event
 
     (path,) = (folder / "tensorboard").glob("events*")
     data, found = path.read_bytes(), []
@@ -68,3 +71,10 @@ def test_after_a_resume_every_step_is_there_once_and_none_is_lost(tmp_path):
         resumed.write(2, "rl", {"a": value})
         resumed.close()
         assert events(tmp_path) == [("warm-up/a", 1, 1.0), ("a", 1, 2.0), ("a", 2, value)]
+
+
+def test_lines_that_a_checkpoint_counts_on_and_are_gone_are_said(tmp_path):
+    (tmp_path / FILE_NAME).write_text("{}\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl: 3 bytes, where a checkpoint goes on aft"):
+        MetricsWriter(tmp_path, keep_bytes=4)
+    assert (tmp_path / FILE_NAME).read_text() == "{}\n"
