@@ -198,3 +198,13 @@ def test_an_interpreter_ends_without_closing_them():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert (ended.stdout, ended.stderr) == ("done\n", "")
+
+
+def test_sets_have_one_order_in_every_worker():
+    """Of strings it is another in every Python, and a verdict may go by it."""
+    words = [chr(ord("a") + n) * 3 for n in range(20)]
+    orders = []
+    for _ in range(2):
+        with Workers("tests.worker_calls:set_order", 1) as workers:
+            orders.append(workers.map([words])[0].value)
+    assert orders[0] == orders[1] and sorted(orders[0]) == words

@@ -69,3 +69,8 @@ def reply_and_die(text: str) -> None:
         except OSError:
             continue
     os._exit(7)
+
+
+def set_order(*words: str) -> list[str]:
+    """A set as it is walked through."""
+    return list(set(words))

@@ -241,6 +241,7 @@ class _Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the parent
+            env=os.environ | {"PYTHONHASHSEED": "0"},  # sets have one order, and verdicts with them
             bufsize=0,
         )
         self._reply(self.limits.start)
