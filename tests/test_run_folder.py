@@ -6,7 +6,15 @@ import re
 
 import pytest
 
-from deltal_jax.config import Config, RunConfig, describe_fields, dump_config, load_config
+from deltal_jax.config import (
+    Config,
+    ModelConfig,
+    RunConfig,
+    TaskConfig,
+    describe_fields,
+    dump_config,
+    load_config,
+)
 from deltal_jax.errors import UserError
 from deltal_jax.training import run_folder
 from deltal_jax.training.run_folder import (
@@ -233,10 +241,48 @@ def test_drift_names_the_fields_in_which_the_experiment_file_changed(tmp_path):
     assert drifted_fields(str(path), stored) == ["seed", "objective.alpha"]
 
 
-def test_every_changeable_prefix_names_a_field():
+def test_every_changeable_name_is_of_a_field_or_a_section_and_has_a_reason():
     names = [name for name, *_ in describe_fields()]
-    for prefix in run_folder.CHANGEABLE:
-        assert any(name.startswith(prefix) for name in names), prefix
+    for name, reason in run_folder.CHANGEABLE.items():
+        assert name in names or any(n.startswith(name) for n in names if name.endswith(".")), name
+        assert reason
+
+
+def with_other(section, path):
+    """The config with another value of one field, whatever rules it breaks."""
+    name, *rest = path.split(".")
+    value = getattr(section, name)
+    if rest:
+        other = with_other(value, ".".join(rest))
+    else:
+        other = (value, "other") if value is None or isinstance(value, (str, tuple)) else value + 1
+    return dataclasses.replace(section, **{name: other})
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in describe_fields()])
+def test_each_field_is_listed_as_safe_or_refused_with_both_values(name):
+    """Where nothing that makes a safe one unsafe is switched on."""
+    stored = dataclasses.replace(Config(), model=ModelConfig(path="here"))
+    after = with_other(stored, name)
+    safe = name in run_folder.CHANGEABLE or any(
+        name.startswith(section) for section in run_folder.CHANGEABLE if section.endswith(".")
+    )
+    if safe and name != "checkpoint.dir":
+        (found,) = run_folder.changes(stored, after).items()
+        assert found[0] == name and found[1][0] != found[1][1]
+        return
+    with pytest.raises(UserError, match=rf"^{name}: the run was started with .* and cannot go on"):
+        run_folder.changes(stored, after)
+
+
+def test_what_a_mixture_lacks_or_has_beyond_is_refused():
+    """Its keys are no fields, and one of two configs may lack some."""
+    task = TaskConfig(name="mixture", mixture={"countdown": 1.0})
+    stored = dataclasses.replace(Config(), task=task)
+    for mixture in (None, {"countdown": 1.0, "paths": 1.0}, {"paths": 1.0}):
+        after = dataclasses.replace(stored, task=dataclasses.replace(task, mixture=mixture))
+        with pytest.raises(UserError, match=r"^task\.mixture: the run was started with {'count"):
+            run_folder.changes(stored, after)
 
 
 def test_a_run_that_stopped_for_want_of_groups_may_look_longer_or_fill_up():

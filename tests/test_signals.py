@@ -1,5 +1,6 @@
 """Signals in every phase of a run: it says where it stopped, and goes on as if nothing had been."""
 
+import json
 import os
 import signal
 import subprocess
@@ -147,6 +148,13 @@ def test_a_run_stopped_in_every_phase_ends_as_one_that_nobody_stopped(
     ended = train(None, {"run.dir": str(found), "run.report": True}, resume=True)
     assert ended.status == "done" and ended.report.is_file() and not left
     compare(found, whole)
+    changes = json.loads((found / "summary.json").read_text())["changes"]
+    grace = [x for x in changes if x["field"] == "run.grace_seconds"]
+    assert [(x["step"], x["before"], x["after"]) for x in grace] == [
+        (2, 30, 0),
+        (4, 0, 30),
+        (6, 30, 0),
+    ]
 
 
 def test_what_was_sampled_ahead_is_sampled_again_by_the_same_parameters(options, strike, tmp_path):

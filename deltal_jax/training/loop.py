@@ -126,9 +126,10 @@ def _train(
     enable_compile_cache()
     if resume:
         name = None if experiment is None else str(experiment)
-        folder, setup = reopen_run(name, overrides, wanted, display)
+        folder, setup, changes = reopen_run(name, overrides, wanted, display)
     else:
         folder, setup = create_run(experiment, overrides, wanted, profile)
+        changes = {}
     config = setup.config
     wanted = choose_rewards(config, wanted)
     check_profile(profile, config)
@@ -145,7 +146,7 @@ def _train(
     run = Run(folder, setup, wanted, writer, checkpoints, display, profile, stop, journal, running)
     stop.grace, stop.kept = config.run.grace_seconds, run.kept
     supervise.tell(str(checkpoints.folder), run.resume_command())
-    run.announce(newest, position)
+    run.announce(newest, position, changes)
     try:
         with run.watched():
             step, status = _run_phases(run, newest, position)
@@ -280,6 +281,7 @@ def _reinforce(
         stops = run.stop.asked()
         if due or stops or must_stop:
             saving = run.save(state, "rl", step, batches)
+            stops = stops or run.stop.asked()  # a signal that came while it was saved
         if must_stop:
             raise run.stopped("RL", step, must_stop)
         shown = {

@@ -165,15 +165,23 @@ class Run:
         )
         return found["avg_at_k"]
 
-    def announce(self, newest: int | None, position: Position) -> None:
-        """Say and keep what this run does, and where it goes on."""
+    def announce(
+        self, newest: int | None, position: Position, changes: dict[str, tuple[Any, Any]]
+    ) -> None:
+        """Say and keep what this run does, where it goes on, and which fields change there."""
         config = self.setup.config
+        at = {"phase": position.phase, "step": position.step}
+        changed = [
+            at | {"field": name, "before": before, "after": after}
+            for name, (before, after) in changes.items()
+        ]
         said = formula(config)
         facts = {
             "formula": said,
             "rewards": _reward_names(self.rewards),
             "data": data_fingerprint(self.setup.task),
             "warnings": self.running.get("warnings", []),
+            "changes": self._known_facts().get("changes", []) + changed,
             "environment": {
                 "jax": jax.__version__,
                 "backend": f"{jax.default_backend()} × {jax.device_count()}",
@@ -191,10 +199,12 @@ class Run:
             self.display.say(sampling)
         if newest is not None:
             self.display.say(f"resumed after {position.step} steps of {position.phase}")
-            if position.phase == "rl" and position.step >= config.rl.steps:
-                self.display.say(
-                    f"rl.steps: all {position.step} steps are done; resume with more to go on"
-                )
+        for name, (before, after) in changes.items():
+            self.display.say(f"{name}: {before} → {after}")
+        if newest is not None and position.phase == "rl" and position.step >= config.rl.steps:
+            self.display.say(
+                f"rl.steps: all {position.step} steps are done; resume with more to go on"
+            )
 
     def conclude(self, order: dict[str, float | None]) -> None:
         """Keep the monotonicity of each evaluation set beside what `announce` kept."""
@@ -211,8 +221,11 @@ class Run:
             self._add_facts({"warnings": kept})
 
     def _add_facts(self, facts: dict[str, Any]) -> None:
-        known = json.loads((self.folder / run_folder.SUMMARY).read_text(encoding="utf-8"))
-        self._summarise(known | facts)
+        self._summarise(self._known_facts() | facts)
+
+    def _known_facts(self) -> dict[str, Any]:
+        path = self.folder / run_folder.SUMMARY
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def _summarise(self, facts: dict[str, Any]) -> None:
         run_folder.write_text(self.folder / run_folder.SUMMARY, json.dumps(facts, indent=1) + "\n")
@@ -318,9 +331,12 @@ def reopen_run(
     overrides: dict[str, Any],
     rewards: Sequence[Reward | str] | None,
     display: ProgressDisplay,
-) -> tuple[Path, Setup]:
-    """A run to go on with: checked before anything in its folder changes."""
+) -> tuple[Path, Setup, dict[str, tuple[Any, Any]]]:
+    """A run to go on with, and what `run_folder.changes` finds: checked before anything in its
+    folder changes."""
     folder, config = run_folder.reopen_run_folder(name, overrides, overrides.get("run.dir"))
+    changes = run_folder.changes(run_folder.load_run_config(folder), config)
+    changes.pop("run.dir", None)  # it may be moved, and is said anyway
     _check_rewards(folder, choose_rewards(config, rewards))
     if config.lora.rank:
         config = pin_checkpoint(config)
@@ -333,7 +349,7 @@ def reopen_run(
     run_folder.write_text(folder / run_folder.CONFIG, dump_config(config))
     if saved is None:  # it was ended before it had them
         save_model_files(setup, folder / run_folder.MODEL)
-    return folder, setup
+    return folder, setup, changes
 
 
 def open_checkpoints(

@@ -20,31 +20,32 @@ VERDICTS = "verdicts"
 SUMMARY = "summary.json"
 RUNS = "runs"
 
-#: Fields that a resumed run may change: they alter how far or how it is watched, not what it
-#: computes.
-CHANGEABLE = (
-    "run.",
-    "task.math.train",  # where it lies; what is in it may not change
-    "task.math.eval",
-    "task.math.template",
-    "task.math.workers",
-    "task.countdown.train",
-    "task.countdown.eval",
-    "model.path",
-    "model.revision",
-    "model.attention",
-    "model.remat",
-    "rl.steps",
-    "rl.tokens_per_microbatch",
-    "rl.pack",
-    "sft.log_every",
-    "rollout.slots",
-    "rollout.devices",
-    "rollout.server.",
-    "evaluate.",
-    "checkpoint.",
-    "guard.",
-)
+#: Fields, and with a dot at the end sections, that a resumed run may change, and why that is safe:
+#: they alter how far it goes, how it is watched, or in which order numbers are added.
+CHANGEABLE = {
+    "run.": "where results go, and how long a stop may take",
+    "task.math.train": "where it lies; a fingerprint says that its problems are the same",
+    "task.math.eval": "likewise",
+    "task.math.template": "likewise",
+    "task.math.workers": "how many judge, not how; time limits are of CPU time",
+    "task.countdown.train": "where it lies; a fingerprint says that its problems are the same",
+    "task.countdown.eval": "likewise",
+    "model.path": "where it lies; only adapters read it again, and compare a fingerprint",
+    "model.revision": "likewise",
+    "model.attention": "another order of the same sums: equal to rounding",
+    "model.remat": "the same numbers, computed twice",
+    "rl.steps": "how far; refused where the learning rate depends on it",
+    "rl.tokens_per_microbatch": "another order of the same sums: equal to rounding",
+    "rl.pack": "likewise",
+    "sft.log_every": "which steps a line of metrics is of",
+    "rollout.slots": "the same random numbers; equal to rounding. Refused with rollout.partial",
+    "rollout.devices": "likewise",
+    "rollout.server.": "which server; it is given the run's weights",
+    "evaluate.": "what is measured, in random numbers of its own",
+    "checkpoint.": "what is kept; not where, as that is where the run is",
+    "guard.": "when it warns or stops; what is left out is not finite, whatever they say",
+    "watchdog.": "what notices that nothing moves",
+}
 
 
 def create_run_folder(config: Config) -> tuple[Path, Config]:
@@ -92,9 +93,17 @@ def reopen_run_folder(
     """
     folder = Path(run_dir) if run_dir is not None else _newest_run(name)
     stored = load_run_config(folder)
-    changes = {key: value for key, value in overrides.items() if key != "run.dir"}
-    config = load_config(folder / CONFIG, {**changes, "run.dir": str(folder)})
-    before, after = (_flat(dataclasses.asdict(c)) for c in (stored, config))
+    config = load_config(folder / CONFIG, {**overrides, "run.dir": str(folder)})
+    changes(stored, config)
+    return folder, config
+
+
+def changes(stored: Config, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields that a run changes as it goes on, with their values before and after.
+
+    Raises UserError for one that changes what it computes.
+    """
+    before, after = _flat(stored), _flat(config)
     fixed = ["checkpoint.dir"]
     if stored.rl.optimizer.schedule != "constant":
         fixed.append("rl.steps")
@@ -102,23 +111,29 @@ def reopen_run_folder(
         fixed.append("model.path")
     if stored.rollout.partial:  # how far a response comes in a step depends on them
         fixed += ["rollout.slots", "rollout.devices"]
-    free = CHANGEABLE
+    free = []
     if not stored.rollout.fill_up:  # a run that stopped for want of groups has no other way on
-        free += ("rollout.fill_up", "rollout.max_rounds")
-    for key in before:
-        changeable = key.startswith(free) and key not in fixed
-        if before[key] != after[key] and not changeable:
+        free += ["rollout.fill_up", "rollout.max_rounds"]
+    found = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+    for key, (old, new) in found.items():
+        if key in fixed or not (key in free or _changeable(key)):
             raise UserError(
-                f"{key}: the run was started with {before[key]!r} and cannot go on with "
-                f"{after[key]!r}; start a new run instead"
+                f"{key}: the run was started with {old!r} and cannot go on with {new!r}; start a "
+                "new run instead"
             )
-    return folder, config
+    return found
+
+
+def _changeable(key: str) -> bool:
+    return key in CHANGEABLE or key.startswith(_SECTIONS)
+
+
+_SECTIONS = tuple(name for name in CHANGEABLE if name.endswith("."))
 
 
 def fixed_fields(config: Config) -> dict[str, Any]:
     """The fields that a resumed run may not change, by name."""
-    fields = _flat(dataclasses.asdict(config))
-    return {name: value for name, value in fields.items() if not name.startswith(CHANGEABLE)}
+    return {name: value for name, value in _flat(config).items() if not _changeable(name)}
 
 
 def checkpoints_folder(folder: Path, config: Config) -> epath.Path:
@@ -140,9 +155,8 @@ def load_run_config(folder: Path) -> Config:
 
 def drifted_fields(name: str, stored: Config) -> list[str]:
     """Fields in which the experiment file `name` differs by now from the run's own config."""
-    before, after = (_flat(dataclasses.asdict(c)) for c in (stored, load_config(name)))
-    own = ("run.", *CHANGEABLE)
-    return [k for k in before if before[k] != after[k] and not k.startswith(own)]
+    before, after = _flat(stored), _flat(load_config(name))
+    return [k for k in before if before[k] != after[k] and not _changeable(k)]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -184,11 +198,10 @@ def _unused(folder: Path) -> Path:
     return candidate
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Every field by its whole name; one whose value is a dictionary is one field."""
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+    for declared in dataclasses.fields(section):
+        name, value = prefix + declared.name, getattr(section, declared.name)
+        flat |= _flat(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
     return flat
