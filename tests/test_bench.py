@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltal_jax.bench import data, grading, loading, model, workload
+from deltal_jax.bench import checkpoint, data, grading, loading, model, workload
 from deltal_jax.bench import rollout as bench_rollout
 from deltal_jax.bench.measure import Timing, in_turn, ratio
 from deltal_jax.bench.peer import Peer
@@ -137,7 +137,7 @@ def test_memory_does_not_follow_the_vocabulary():
         (["objective", "--peer", "python3"], "--peer: `deltal bench objective` has no peer"),
         (
             ["model", "--folder", "here"],
-            "--folder: only `deltal bench loading` and `data` write files",
+            "--folder: of `deltal bench` only `loading`, `data`, `checkpoint` write files",
         ),
     ],
 )
@@ -301,3 +301,11 @@ def test_the_figures_of_grading_are_those_of_both_verifiers_and_of_the_overlap(m
     overlap = figures["overlap"]
     assert overlap["responses"] == 32 and 0 <= overlap.pop("verdicts there before") <= 1
     assert all(figure > 0 for figure in overlap.values())
+
+
+def test_a_save_is_measured_beside_a_plain_write_of_the_same_bytes(tmp_path):
+    figures = checkpoint.benchmark_checkpoint(1, str(tmp_path), rows=4)
+    assert figures["state"]["bytes"] == 3 * 8 * 4 * 1000 * 4 and not list(tmp_path.iterdir())
+    assert figures["stall"]["wall_s"] >= figures["save"]["wall_s"] > 0
+    checkpoint.plain_write(tmp_path / "plain", np.arange(5, dtype=np.uint8), 12)
+    assert list((tmp_path / "plain").read_bytes()) == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]

@@ -33,6 +33,10 @@ TINY = "countdown-tiny"
             "length_buckets: the last is 200, but prompt and response may take "
             "rollout.max_prompt_length + rollout.max_response_length = 201 tokens",
         ),
+        (
+            {"checkpoint.keep_best": 1, "evaluate.every": 0},
+            "checkpoint.keep_best: nothing is evaluated on the way; set evaluate.every",
+        ),
         ({"rl.samples_per_prompt": 1}, "rl.samples_per_prompt: a group of 1 has no spread"),
         (
             {"task.overlong_buffer": 193},

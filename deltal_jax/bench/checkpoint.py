@@ -111,7 +111,7 @@ def _state(rows: int) -> TrainState:
 
 def plain_write(path: Path, content: np.ndarray, size: int) -> None:
     """Write `size` bytes, the content again and again, and have them on the disk."""
-    view = memoryview(content).cast("B")
+    view = content.view(np.uint8).data
     with open(path, "wb", buffering=0) as file:
         while size:
             count = min(size, len(view))

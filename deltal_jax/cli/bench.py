@@ -6,6 +6,9 @@ from typing import Any
 
 from deltal_jax.errors import UserError
 
+#: Subjects that write files.
+WRITING = ("loading", "data", "checkpoint")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
@@ -19,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "rollout: sampling of a fixed load; "
         "model: forward and backward against a matrix product; loading: a checkpoint of 2 GB "
         "against a plain read; grading: verdicts on mathematical answers; data: the start of a run "
-        "on a million problems; checkpoint: how long a save of 1 GB stalls training, against a plain "
-        "write",
+        "on a million problems; checkpoint: how long a save of 1 GB stalls training, against a "
+        "plain write",
     )
     parser.add_argument(
         "--peer",
@@ -32,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--folder",
-        help="loading, data, checkpoint: where to write files, on the disk to be measured (default: TMPDIR)",
+        help="loading, data, checkpoint: where to write files, on the disk to be measured "
+        "(default: TMPDIR)",
     )
     parser.add_argument("--rounds", type=int, default=9, help="repetitions; medians are printed")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
@@ -43,10 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.rounds < 3:
         raise UserError(f"--rounds: a median needs at least 3, got {arguments.rounds}")
     peers = _peers(arguments.peer, arguments.subject)
-    if arguments.folder and arguments.subject not in ("loading", "data", "checkpoint"):
-        raise UserError(
-            "--folder: only `deltal bench loading`, `data` and `checkpoint` write files"
-        )
+    if arguments.folder and arguments.subject not in WRITING:
+        said = ", ".join(f"`{name}`" for name in WRITING)
+        raise UserError(f"--folder: of `deltal bench` only {said} write files")
 
     import jax
 

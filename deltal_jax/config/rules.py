@@ -74,6 +74,8 @@ def check(config: Config) -> None:
     _check_overlong(config)
     _check_objective(config.objective)
     _check_rollout(config)
+    if config.checkpoint.keep_best and not config.evaluate.every:
+        raise UserError("checkpoint.keep_best: nothing is evaluated on the way; set evaluate.every")
     warn, stop = config.guard.mismatch_warn, config.guard.mismatch_stop
     if warn is not None and stop is not None and stop < warn:
         raise UserError(f"guard.mismatch_stop: {stop:g} is below guard.mismatch_warn={warn:g}")
