@@ -105,7 +105,7 @@ def test_updates_over_the_same_rollout(tmp_path, trained, monkeypatch):
         interrupt_after(patched, "sft", 1)
         options = UPDATES | {"run.dir": str(halves), "rl.steps": 2}
         stopped = train("countdown-tiny", options, rewards=REWARDS, quiet=True)
-    assert stopped.status == "interrupted" and len(timeless(halves)) == 1
+    assert stopped.status == "interrupted" and len(timeless(halves)) == 2  # of three
     assert go_on(halves).step == 2
     resumed = go_on(halves, **{"rl.steps": 4})
     assert resumed.step == 4 and resumed.status == "done"

@@ -15,9 +15,29 @@ def is_local(path: epath.Path) -> bool:
     return "://" not in os.fspath(path)
 
 
+def children(folder: epath.Path) -> list[epath.Path]:
+    """What is in a folder, by name; nothing where there is none, as an empty one in an object
+    store."""
+    if not is_local(folder):
+        _forget_listings(folder)
+    try:
+        return sorted(folder.iterdir(), key=lambda path: path.name)
+    except FileNotFoundError:
+        return []
+
+
+def _forget_listings(folder: epath.Path) -> None:
+    """TensorStore writes past the file system that fsspec keeps listings of."""
+    import fsspec
+
+    scheme = os.fspath(folder).partition("://")[0]
+    for system in fsspec.get_filesystem_class(scheme)._cache.values():
+        system.invalidate_cache()
+
+
 def files_under(folder: epath.Path) -> Iterator[tuple[str, epath.Path]]:
     """Every file below a folder, by its name relative to it."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+    for path in children(folder):
         if path.is_dir():
             for name, file in files_under(path):
                 yield f"{path.name}/{name}", file

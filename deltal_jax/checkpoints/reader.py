@@ -12,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from deltal_jax.checkpoints.disk import children
 from deltal_jax.checkpoints.manifest import (
     Damaged,
     Manifest,
@@ -40,9 +41,7 @@ class SavedSteps:
 
     def all(self) -> list[int]:
         """The numbers of all that exist, in order; some may be damaged."""
-        if not self.folder.is_dir():
-            return []
-        names = (path.name for path in self.folder.iterdir())
+        names = (path.name for path in children(self.folder))
         numbers = sorted(int(name) for name in names if name.isdecimal())
         return [number for number in numbers if exists(self.path(number))]
 

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from deltal_jax.checkpoints.disk import files_under, sync
+from deltal_jax.checkpoints.disk import children, files_under, is_local, sync
 from deltal_jax.checkpoints.manifest import (
     NAME,
     Damaged,
@@ -286,8 +286,9 @@ class Checkpoints(SavedSteps):
         """Remove what is no checkpoint; the numbers that it would have had."""
         removed = []
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in list(self.folder.iterdir()):
+            if is_local(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            for path in children(self.folder):
                 number, dot, rest = path.name.partition(".")
                 half = not dot and not exists(path)
                 if not number.isdecimal() or not (half or f".{rest}".startswith(UNFINISHED)):

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from deltal_jax.checkpoints.disk import checksum, files_under
+from deltal_jax.checkpoints.disk import checksum, children, files_under
 from deltal_jax.checkpoints.manifest import Position
 from deltal_jax.checkpoints.reader import SavedSteps
 from deltal_jax.checkpoints.retention import Keep
@@ -358,7 +358,7 @@ def open_checkpoints(
     """Those of a run, to be written. Raises UserError where a new run would write among others'."""
     config = setup.config.checkpoint
     where = run_folder.checkpoints_folder(folder, setup.config)
-    if not resume and where.is_dir() and any(where.iterdir()):
+    if not resume and children(where):
         raise UserError(f"checkpoint.dir: {where} is not empty; name another folder")
     keep = Keep(
         config.keep_last,
