@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from deltal_jax import Reward, train
 from deltal_jax.checkpoints.reader import SavedSteps
 from deltal_jax.config import ModelConfig
 from deltal_jax.config.rules import SHAPE
+from deltal_jax.guard import signals
 from deltal_jax.metrics import MetricsWriter, load_metrics
 from deltal_jax.tasks.math import task as math
 from deltal_jax.tasks.workers import Limits
@@ -25,6 +27,7 @@ REWARDS = [Reward(mixed_reward)]
 #: Mini-batches, epochs, recomputed log-probabilities and a reference model; parameters and moments
 #: that are rounded by chance.
 UPDATES = TINY | {
+    "sft.steps": 3,
     "rl.updates_per_rollout": 2,
     "rl.epochs_per_rollout": 2,
     "rl.optimizer.moment_dtype": "bfloat16",
@@ -49,13 +52,15 @@ def rough_reward(prompts, responses, answers):
 
 
 def interrupt_after(monkeypatch, phase, step):
-    """A real signal, as soon as this line of metrics is written."""
+    """A real signal, as soon as this line of metrics is written: the run does one more step."""
     write = MetricsWriter.write
 
     def written(self, at, name, metrics):
         write(self, at, name, metrics)
         if (name, at) == (phase, step):
             signal.raise_signal(signal.SIGINT)
+            while signals._listening[0].asked_by is None:  # a thread hears it
+                time.sleep(0.001)
 
     monkeypatch.setattr(MetricsWriter, "write", written)
 
@@ -99,18 +104,18 @@ def test_updates_over_the_same_rollout(tmp_path, trained, monkeypatch):
     steps."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train("countdown-tiny", UPDATES | {"run.dir": str(whole)}, rewards=REWARDS, quiet=True)
-    assert_resumes(whole, broken, [2, 5], trained)
+    assert_resumes(whole, broken, [3, 6], trained)
     halves = tmp_path / "halves"
     with monkeypatch.context() as patched:
         interrupt_after(patched, "sft", 1)
         options = UPDATES | {"run.dir": str(halves), "rl.steps": 2}
         stopped = train("countdown-tiny", options, rewards=REWARDS, quiet=True)
-    assert stopped.status == "interrupted" and len(timeless(halves)) == 2  # of three
+    assert stopped.status == "interrupted" and len(timeless(halves)) == 2
     assert go_on(halves).step == 2
     resumed = go_on(halves, **{"rl.steps": 4})
     assert resumed.step == 4 and resumed.status == "done"
     assert_same(halves, whole)
-    start, end = arrays_saved(whole, 2), arrays_saved(whole, 6)
+    start, end = arrays_saved(whole, 3), arrays_saved(whole, 7)
     kept = {name for name in start if "reference" in name}
     assert kept and all(start[name].tobytes() == end[name].tobytes() for name in kept)
     weights = [name for name in start if name.startswith(".params")]
