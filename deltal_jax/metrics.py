@@ -20,17 +20,21 @@ class MetricsWriter:
 
     `keep_bytes` cuts an existing file back to a checkpoint's position, so that a resumed run does
     not repeat lines. TensorBoard's events are then written anew: no step is there twice, and none
-    of those lacks that were still in memory when the run died.
+    of those lacks that were still in memory when the run died. `folder` None: nothing is written,
+    as by all processes but one.
     """
 
-    def __init__(self, folder: Path, *, keep_bytes: int = 0, tensorboard: bool = True):
+    def __init__(self, folder: Path | None, *, keep_bytes: int = 0, tensorboard: bool = True):
+        self._file: Any = None
+        self._tensorboard: Any = None
+        if folder is None:
+            return
         path = folder / FILE_NAME
         if (size := metrics_size(folder)) < keep_bytes:
             raise UserError(f"{path}: {size} bytes, where a checkpoint goes on after {keep_bytes}")
         self._file = path.open("ab")
         self._file.truncate(keep_bytes)
         self._file.seek(0, os.SEEK_END)
-        self._tensorboard: Any = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -42,11 +46,13 @@ class MetricsWriter:
 
     @property
     def bytes_written(self) -> int:
-        """Size of the file so far."""
-        return self._file.tell()
+        """Size of the file so far; 0 where there is none."""
+        return 0 if self._file is None else self._file.tell()
 
     def write(self, step: int, phase: str, metrics: dict[str, float]) -> None:
         """Append one line and flush it."""
+        if self._file is None:
+            return
         values = {name: finite(value) for name, value in metrics.items()}
         line = json.dumps({"step": step, "phase": phase, **values}).encode()
         if fails("metrics.append"):
@@ -71,7 +77,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close both."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 

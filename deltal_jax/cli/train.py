@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     supervise.follow_parent()
     with signals.listening(at_once=True):
+        from deltal_jax.parallel.processes import is_first
         from deltal_jax.training.loop import train
 
         try:
@@ -67,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
                 raise
             traceback.print_exc()  # an ordinary exit would wait for processes that may be gone
             signals.leave("deltal: the run failed", 1)
+    if not is_first():
+        return 0
     if arguments.json:
         print(json.dumps(result.as_dict()))
     elif result.status == "done" or result.after:
@@ -109,7 +112,8 @@ def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
     check_run_folder(config)
     plan = make_plan(config)
     files = [str(file) for file in config_files(name)]
-    counts, memory = batch_arithmetic(config), memory_estimate(config, plan.architecture)
+    counts = batch_arithmetic(config)
+    memory = memory_estimate(config, plan.architecture, plan.mesh)
     if as_json:
         facts = {"files": files, "notes": plan.notes, "formula": formula(config)}
         print(json.dumps(facts | {"batch": counts, "memory_bytes": memory}, ensure_ascii=False))
@@ -118,7 +122,7 @@ def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
     print(dump_config(config))
     for note in plan.notes:
         print(note, end="\n\n")
-    print(f"{describe_model(config, plan.architecture)}\n")
+    print(f"{describe_model(config, plan.architecture, plan.mesh)}\n")
     if plan.task is not None and (found := describe_task(plan.task)):
         print(found, end="\n\n")
     print(formula(config), end="\n\n")

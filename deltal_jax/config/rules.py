@@ -79,6 +79,7 @@ def check(config: Config) -> None:
     warn, stop = config.guard.mismatch_warn, config.guard.mismatch_stop
     if warn is not None and stop is not None and stop < warn:
         raise UserError(f"guard.mismatch_stop: {stop:g} is below guard.mismatch_warn={warn:g}")
+    _check_mesh(config)
 
 
 def _check_task(task: TaskConfig) -> None:
@@ -189,6 +190,23 @@ def _check_rollout(config: Config) -> None:
                 "objective.importance_correction=token_truncate, or objective.old_logprobs=sampler "
                 "and a surrogate with a ratio"
             )
+
+
+def _check_mesh(config: Config) -> None:
+    given = dataclasses.asdict(config.mesh)
+    for name, size in given.items():
+        if size == 0:
+            raise UserError(f"mesh.{name}: a size is 1 or more, or -1 for the rest, got 0")
+    if list(given.values()).count(-1) > 1:
+        raise UserError(
+            "mesh: only one of data, fsdp and tensor may be -1, the rest of the devices"
+        )
+    several = any(size not in (None, 1) for size in given.values())
+    if config.rollout.ahead and config.rollout.devices is None and several:
+        raise UserError(
+            "rollout.ahead: sampler and update would wait for each other on the same mesh; give "
+            "the sampler rollout.devices of its own, or set it to 0"
+        )
 
 
 def _check_overlong(config: Config) -> None:

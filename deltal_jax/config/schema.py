@@ -328,6 +328,16 @@ class WatchdogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of 1 or more, or -1: the rest of the devices. Where none is given, one process uses one
+    device, and several use all of theirs, over fsdp: then nothing is held twice."""
+
+    data: int | None = field(None, "devices that hold whole copies; rows are split", low=-1)
+    fsdp: int | None = field(None, "devices that split parameters and moments, and rows", low=-1)
+    tensor: int | None = field(None, "devices that split heads and the vocabulary", low=-1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One experiment."""
 
@@ -350,6 +360,7 @@ class Config:
     checkpoint: CheckpointConfig = field(CheckpointConfig, "checkpoints")
     guard: GuardConfig = field(GuardConfig, "when a run warns, leaves out an update, or stops")
     watchdog: WatchdogConfig = field(WatchdogConfig, "what notices that a run hangs")
+    mesh: MeshConfig = field(MeshConfig, "devices that train; -1: the rest of them")
 
     @property
     def bucket_edges(self) -> tuple[int, ...]:

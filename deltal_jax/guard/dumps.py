@@ -41,6 +41,7 @@ ROUNDINGS = (
     "length_buckets",
     "rl.tokens_per_microbatch",
     "rl.pack",
+    "mesh.",
 )
 
 

@@ -38,9 +38,22 @@ def make_mesh(
     known = int(np.prod([size for size in sizes if size != -1]))
     rest = len(devices) // known
     if known * (rest if -1 in sizes else 1) != len(devices):
-        raise UserError(f"mesh: {said} does not multiply to the {len(devices)} devices")
+        raise UserError(
+            f"mesh: {said} does not multiply to the {len(devices)} devices; "
+            "set one of them to -1, the rest"
+        )
     shape = tuple(rest if size == -1 else size for size in sizes)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def describe_mesh(mesh: Mesh | None) -> str:
+    """The sizes, such as `data 2 × fsdp 4: 8 devices in 2 processes`; None: one device."""
+    if mesh is None:
+        return "one device"
+    sizes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    processes = len({device.process_index for device in mesh.devices.flat})
+    where = f" in {processes} processes" if processes > 1 else ""
+    return f"{sizes or 'data 1'}: {mesh.size} devices{where}"
 
 
 def start_distributed(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -115,6 +116,12 @@ def wholly_replicated(shardings: Any, tree: Any, over: int = 2**20) -> list[str]
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def host_key(key: jax.Array) -> jax.Array:
+    """A random key that lies on the whole mesh, for this process's own use."""
+    data = jnp.asarray(np.asarray(jax.random.key_data(key)))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:

@@ -26,6 +26,7 @@ from deltal_jax.guard.signals import check
 from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.precision import ROUND_ALIKE
 from deltal_jax.model.transformer import cast_weights, take_apart
+from deltal_jax.parallel.processes import on_each
 from deltal_jax.parallel.sharding import (
     ROW_AXES,
     parameter_shardings,
@@ -104,7 +105,11 @@ class Engine:
         self._memory: dict[Any, dict[str, int]] = {}
         alike = functools.partial(jax.jit, compiler_options=ROUND_ALIKE)
         decode_queue = functools.partial(
-            run, graphdef, options, alone=mesh is None or self.shards == 1
+            run,
+            graphdef,
+            options,
+            alone=mesh is None or self.shards == 1,
+            split=mesh is not None and mesh.shape["tensor"] > 1,
         )
         if mesh is not None:
             rows, whole = PartitionSpec(ROW_AXES), PartitionSpec()
@@ -252,7 +257,15 @@ class Engine:
         return after, stats(written, after.lengths - responses.lengths, self.options.slots)
 
     def _check(self, params: Any, prompts: Prompts, samples: int, *, carried: bool = False) -> None:
-        """Raises UserError for what cannot be sampled, or not in the memory that is free."""
+        """Raises UserError for what cannot be sampled, or not in the memory that is free to each
+        process."""
+        check_here = functools.partial(self._check_here, params, prompts, samples, carried=carried)
+        if self.mesh is not None and self.mesh.is_multi_process:
+            on_each(check_here)
+        else:
+            check_here()
+
+    def _check_here(self, params: Any, prompts: Prompts, samples: int, *, carried: bool) -> None:
         arch = self._arch or nnx.merge(self._graphdef, jax.eval_shape(lambda x: x, params)).arch
         self._arch = arch
         checks.check_request(self.options, arch, prompts, samples)

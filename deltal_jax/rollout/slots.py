@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from deltal_jax.model.cache import Cache, resized, time_of, write_row
@@ -166,11 +167,16 @@ def run(
     steps: Int[Array, ""],
     *,
     alone: bool = True,
+    split: bool = False,
 ) -> Slots:
     """Decode until the host has something to do: a live slot has no room for its next token; all
     live ones would fit in `narrow` tokens; a slot is free, the queue is empty and more comes; no
     more comes and at most `few` slots are live; all is done; or so many `steps` are, if that is not
-    0. A device that is `alone` also ends where nothing is owed; on a mesh others may owe more."""
+    0. A device that is `alone` also ends where nothing is owed; on a mesh others may owe more.
+
+    Where the vocabulary is `split` over devices, logits are gathered before a token is drawn: what
+    the compiler would make of a draw from parts has ten collectives a token, one of which waits for
+    all devices on CPU, also for those whose loop has ended."""
     model = nnx.merge(graphdef, weights.params)
     window = window_of(slots)
     before = slots.counts.slot_steps[0] // slots.live.shape[0]
@@ -198,6 +204,8 @@ def run(
         logits, cache = model.decode(
             slots.token, slots.position, slots.cache, weights.layers, turns
         )
+        if split:
+            logits = jax.lax.with_sharding_constraint(logits, PartitionSpec())
         slots = dataclasses.replace(slots, cache=cache)
         return _record(options, queue, slots, logits, waiting(slots))
 

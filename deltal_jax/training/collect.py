@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -20,12 +19,14 @@ from deltal_jax.errors import UserError
 from deltal_jax.guard import signals
 from deltal_jax.guard.failpoints import fail_point
 from deltal_jax.guard.pulse import phase
+from deltal_jax.parallel.processes import on_each, own_share
+from deltal_jax.parallel.sharding import host_key
 from deltal_jax.rollout.base import Finished, RolloutEngine
 from deltal_jax.rollout.results import assemble, begin, join, take
 from deltal_jax.rollout.schedule import RolloutStats
 from deltal_jax.tasks.base import files_of
 from deltal_jax.tasks.early import EarlyVerdicts
-from deltal_jax.tasks.grading import Grades, Reward, grade
+from deltal_jax.tasks.grading import Grades, Reward
 from deltal_jax.tasks.shaping import soft_overlong_punishment
 from deltal_jax.training.groups import (
     Groups,
@@ -37,6 +38,7 @@ from deltal_jax.training.groups import (
 )
 from deltal_jax.training.journal import VerdictJournal
 from deltal_jax.training.setup import Setup, draw_training
+from deltal_jax.training.verdicts import grade_together
 from deltal_jax.types import Prompts, Responses, Rollout
 
 #: The punishment of long responses among the parts of a reward.
@@ -105,8 +107,8 @@ class RolloutStream:
     ):
         self.setup, self.engine, self._journal = setup, engine, journal
         self.next_prompt, self.carried, self.pending = next_prompt, carried, pending
-        # A copy: the state that it is part of is given away to every update.
-        self._key, self._rewards = jnp.copy(key), rewards
+        # Not the state's own, which is given away to every update.
+        self._key, self._rewards = host_key(key), rewards
         self._dropped: dict[int, Drop] = {}  # positions of this step without a prompt
         self._early = None
         if EarlyVerdicts.serves(setup.task):
@@ -166,7 +168,8 @@ class RolloutStream:
             self._early.keep(
                 [] if self.carried is None else self.carried.prompts.positions.tolist()
             )
-            metrics["overlap/verdicts_early"] = found.early / len(groups.rewards)
+            judged = int(np.sum(own_share(groups.positions)))
+            metrics["overlap/verdicts_early"] = found.early / max(judged, 1)
         metrics["time/reward"] = found.grading
         metrics["time/rollout"] = time.perf_counter() - started - found.grading
         fail_point("rollout")
@@ -214,7 +217,8 @@ class RolloutStream:
             needed = None
             count = math.ceil(min(missing * max(options.oversampling, 1 / max(share, 1e-9)), room))
         if (more := count - _count(self.carried)) > 0:
-            drawn = draw_training(self.setup, self.next_prompt, more)
+            start = self.next_prompt
+            drawn = on_each(lambda: draw_training(self.setup, start, more))
             fresh = begin(
                 self.engine.options,
                 drawn.prompts,
@@ -241,10 +245,12 @@ class RolloutStream:
             return
         positions = responses.prompts.positions
         problems = problems_at(self.setup.task, self.setup.config.seed, positions)
+        judged = own_share(positions)
 
         def finished(row: int, tokens: np.ndarray) -> None:
             group = responses.group_ids[row]
-            early.offer(int(positions[group]), problems[group].answer, tokens)
+            if judged[group]:
+                early.offer(int(positions[group]), problems[group].answer, tokens)
 
         with early:
             yield finished
@@ -301,7 +307,9 @@ class RolloutStream:
             early = [self._early.find(*of) for of in zip(each.tolist(), texts, strict=True)]
             found.early += sum(verdict is not None and verdict.done() for verdict in early)
         journal = None if self._journal is None else self._journal.of("rl", step + 1)
-        grades = grade(self.setup.task, asked, texts, self._rewards, early, journal)
+        grades = grade_together(
+            self.setup.task, asked, texts, self._rewards, early, journal, numbers=each
+        )
         shaped, parts = self._shape(grades, rollout)
         return Groups(each, rollout, shaped, grades.correct, parts, grades.missing)
 

@@ -3,12 +3,15 @@
 import math
 
 import jax
+from jax.sharding import Mesh
 
 from deltal_jax.config import Advantage, Aggregation, Config, Correction
 from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.lora import overlay, trained
 from deltal_jax.model.transformer import abstract_params, parameter_count
 from deltal_jax.objective.logprobs import chunk_size
+from deltal_jax.parallel.mesh import describe_mesh
+from deltal_jax.parallel.sharding import parameter_shardings, row_shards
 from deltal_jax.rollout.checks import sampling_memory
 from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.tasks.base import Task
@@ -211,8 +214,8 @@ def describe_task(task: Task) -> str:
     return "\n".join(part.summary for part in parts if getattr(part, "summary", ""))
 
 
-def describe_model(config: Config, arch: Architecture) -> str:
-    """Parameters, and the types that they, the activations and the moments have."""
+def describe_model(config: Config, arch: Architecture, mesh: Mesh | None = None) -> str:
+    """Parameters, the types that they, the activations and the moments have, and the devices."""
     model, total, own = config.model, parameter_count(arch), _trained_count(arch)
     if config.lora.rank:
         kinds = f"adapters of rank {config.lora.rank} in {model.param_dtype}, the rest bfloat16"
@@ -221,14 +224,17 @@ def describe_model(config: Config, arch: Architecture) -> str:
     moments = config.rl.optimizer.moment_dtype
     said = f"{model.path or 'new model'}: {total:,} parameters, {own:,} trained"
     said = f"{said}; {kinds}, computed in {model.compute_dtype}, moments in {moments}\n"
+    if mesh is not None:
+        said = f"{said}mesh: {describe_mesh(mesh)}\n"
     if config.rollout.engine == "http":
         return f"{said}sampling: by {config.rollout.server.url}"
-    memory = sampling_parts(config, arch)
+    memory = sampling_parts(config, arch, mesh)
     rollout = config.rollout
     time = rollout.max_prompt_length + rollout.max_response_length
     return (
         f"{said}sampling: {rollout.slots} slots of up to {time} tokens, "
         f"cache {_mebibytes(memory['kv_cache'])}, all {_mebibytes(sum(memory.values()))}"
+        + (" a device" if mesh is not None else "")
     )
 
 
@@ -261,16 +267,30 @@ def _trained_count(arch: Architecture) -> int:
     return sum(x.size for x in jax.tree.leaves(trained(abstract_params(arch))))
 
 
-def memory_estimate(config: Config, arch: Architecture) -> dict[str, int]:
-    """Bytes that a step needs on its device, by part; an estimate from shapes and types."""
-    model, own = config.model, _trained_count(arch)
-    frozen = parameter_count(arch) - own
+def _held(arch: Architecture, mesh: Mesh | None) -> tuple[int, int]:
+    """Numbers that each device holds: of the trained parameters, and of the others."""
+    every = abstract_params(arch)
+    if mesh is not None:
+        shardings = parameter_shardings(mesh, every)
+        every = jax.tree.map(
+            lambda x, of: jax.ShapeDtypeStruct(of.shard_shape(x.shape), x.dtype), every, shardings
+        )
+    own, all_ = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (trained(every), every))
+    return own, all_ - own
+
+
+def memory_estimate(config: Config, arch: Architecture, mesh: Mesh | None = None) -> dict[str, int]:
+    """Bytes that a step needs on each of its devices, by part; an estimate from shapes and
+    types."""
+    model, (own, frozen) = config.model, _held(arch, mesh)
     narrow, stored, computed = (
         BYTES[name] for name in ("bfloat16", model.param_dtype, model.compute_dtype)
     )
     edges, budget = config.bucket_edges, config.rl.tokens_per_microbatch
+    shards = 1 if mesh is None else row_shards(mesh)
     activations = max(
-        _activations(arch, bucket_rows(edge, budget), edge, computed) for edge in edges
+        _activations(arch, bucket_rows(edge, budget, shards) // shards, edge, computed)
+        for edge in edges
     )
     copied = config.rollout.ahead and config.rollout.devices is None
     parts = {
@@ -282,12 +302,13 @@ def memory_estimate(config: Config, arch: Architecture) -> dict[str, int]:
         "sampling_copy": copied * (own * stored + frozen * narrow),
     }
     if config.rollout.engine == "jax":
-        parts |= sampling_parts(config, arch)
+        parts |= sampling_parts(config, arch, mesh)
     return parts | {"total": sum(parts.values())}
 
 
-def sampling_parts(config: Config, arch: Architecture) -> dict[str, int]:
-    """What sampling takes on a device by `rollout.checks.sampling_memory`, in bytes."""
+def sampling_parts(config: Config, arch: Architecture, mesh: Mesh | None = None) -> dict[str, int]:
+    """What sampling takes on a device by `rollout.checks.sampling_memory`, in bytes; on those of
+    the mesh that trains, unless others sample."""
     rollout, rl = config.rollout, config.rl
     options = SamplingOptions(rollout.slots, rollout.max_response_length, eos_ids=())
     every = abstract_params(arch)
@@ -296,6 +317,9 @@ def sampling_parts(config: Config, arch: Architecture) -> dict[str, int]:
         jax.tree.map(lambda x, dtype=dtype: jax.ShapeDtypeStruct(x.shape, dtype), tree)
         for tree, dtype in ((every, dtype), (trained(every), config.model.param_dtype))
     )
+    shards, tensor = rollout.devices or 1, 1
+    if mesh is not None and rollout.devices is None:
+        shards, tensor = row_shards(mesh), mesh.shape["tensor"]
     return sampling_memory(
         options,
         arch,
@@ -303,7 +327,8 @@ def sampling_parts(config: Config, arch: Architecture) -> dict[str, int]:
         (math.ceil(rl.prompts_per_step * rollout.oversampling), rollout.max_prompt_length),
         rl.samples_per_prompt,
         carried=rollout.partial,
-        shards=rollout.devices or 1,
+        shards=shards,
+        tensor=tensor,
     )
 
 

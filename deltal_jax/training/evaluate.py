@@ -18,12 +18,14 @@ from deltal_jax.analysis.accuracy import (
     powers_of_two,
 )
 from deltal_jax.analysis.statistics import bootstrap_intervals
+from deltal_jax.parallel.sharding import host_key
 from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.tasks.base import Problem
-from deltal_jax.tasks.grading import MISSING, Grades, Journal, grade
+from deltal_jax.tasks.grading import MISSING, Grades, Journal
 from deltal_jax.training.collect import response_texts
 from deltal_jax.training.groups import rows_of
 from deltal_jax.training.setup import Setup, encode_problems
+from deltal_jax.training.verdicts import grade_together
 
 #: Keeps evaluation draws apart from training draws of the same root key.
 EVALUATION_STREAM = 0x6576616C
@@ -55,12 +57,14 @@ def evaluate(
     rollout, _ = engine.generate(
         params,
         prompts,
-        jax.random.fold_in(key, EVALUATION_STREAM),
+        jax.random.fold_in(host_key(key), EVALUATION_STREAM),
         samples=config.samples_per_problem,
     )
     responses = response_texts(setup, rollout)
     asked = [problems[group] for group in rollout.group_ids]
-    grades = grade(setup.task, asked, responses, journal=journal)
+    grades = grade_together(
+        setup.task, asked, responses, journal=journal, numbers=rollout.group_ids
+    )
     lengths = rollout.response_lengths
     metrics: dict[str, float] = {}
     sets = data_sets(setup.task.name, problems)

@@ -5,6 +5,7 @@ goes on from a checkpoint repeats the steps after it, and what it said of them o
 verdicts are kept, also those that were not cut off, as the second time they may be.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -39,10 +40,9 @@ class VerdictJournal:
         """The verdicts on (response, answer) pairs: known ones, or what `judge` says, kept."""
         said = json.dumps(pairs, sort_keys=True).encode()
         path = self.folder / f"{step}-{hashlib.sha256(said).hexdigest()[:16]}.json"
-        try:
+        with contextlib.suppress(FileNotFoundError, ValueError):  # empty, where the machine died
             return [Verdict(*fields) for fields in json.loads(path.read_bytes())]
-        except (FileNotFoundError, ValueError):  # empty, where the machine died
-            verdicts = judge()
+        verdicts = judge()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps([dataclasses.astuple(verdict) for verdict in verdicts]))
         return verdicts

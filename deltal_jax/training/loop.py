@@ -25,6 +25,9 @@ from deltal_jax.guard.watch import StepWatch, finite_updates
 from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics, metrics_size
 from deltal_jax.model.architecture import attention_work
 from deltal_jax.model.lora import overlay
+from deltal_jax.parallel.mesh import describe_mesh, start_distributed
+from deltal_jax.parallel.processes import agree, all_failed, ending_together, is_first, on_first
+from deltal_jax.parallel.sharding import row_shards
 from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.tasks.base import close
@@ -38,8 +41,10 @@ from deltal_jax.training.journal import VerdictJournal
 from deltal_jax.training.objective import minibatch_ids, reject, weigh
 from deltal_jax.training.optimizer import learning_rate
 from deltal_jax.training.run import (
+    MESH,
     OWED,
     Run,
+    check_mesh,
     check_profile,
     choose_rewards,
     create_run,
@@ -100,17 +105,24 @@ def train(
     `resume` goes on from the newest checkpoint. `profile` = (start, stop) traces those RL steps
     with the JAX profiler.
 
-    SIGINT and SIGTERM save and end it: see `guard.signals`.
+    SIGINT and SIGTERM save and end it: see `guard.signals`. Several processes call it alike, before
+    anything of JAX; a launcher's environment says that they are several, or the caller has called
+    `parallel.mesh.start_distributed`.
 
     Raises UserError for bad input, TrainingError where `guard` in the config stops the run, and
-    `guard.signals.Stopped` for a signal where there is nothing new to save.
+    `guard.signals.Stopped` for a signal where there is nothing new to save. Of several processes
+    one that fails alone does not return.
     """
-    display = ProgressDisplay(quiet=quiet)
     wanted = None if rewards is None else as_rewards(rewards)
     with signals.listening() as stop:
+        start_distributed()
+        signals.listen_anew()
+        stop.agree, stop.alone = agree, jax.process_count() == 1
+        display = ProgressDisplay(quiet=quiet or not is_first())
         if not quiet:
             stop.say = display.say
-        return _train(experiment, dict(overrides or {}), wanted, resume, profile, display, stop)
+        with ending_together():
+            return _train(experiment, dict(overrides or {}), wanted, resume, profile, display, stop)
 
 
 def _train(
@@ -136,10 +148,13 @@ def _train(
     checkpoints = open_checkpoints(folder, setup, display, resume=resume)
     newest = checkpoints.choose(metrics_size(folder)) if resume else None
     position = Position("sft", 0, 0, 0) if newest is None else checkpoints.read_position(newest)
+    check_mesh(setup, position)
     writer = MetricsWriter(
-        folder, keep_bytes=position.metrics_bytes, tensorboard=config.run.tensorboard
+        folder if is_first() else None,
+        keep_bytes=position.metrics_bytes,
+        tensorboard=config.run.tensorboard,
     )
-    running = position.running
+    running = position.running | {MESH: describe_mesh(setup.mesh)}
     journal = None
     if EarlyVerdicts.serves(setup.task):
         journal = VerdictJournal(folder / run_folder.VERDICTS)
@@ -148,7 +163,7 @@ def _train(
     supervise.tell(str(checkpoints.folder), run.resume_command())
     run.announce(newest, position, changes)
     try:
-        with run.watched():
+        with ending_together(), run.watched():
             step, status = _run_phases(run, newest, position)
             with phase("save"):
                 run.settle(step)
@@ -196,7 +211,8 @@ def _run_phases(run: Run, newest: int | None, position: Position) -> tuple[int, 
 def _warm_up(run: Run, update: Update, state: TrainState, done: int) -> TrainState:
     """Supervised steps done+1 … sft.steps."""
     config = run.setup.config.sft
-    batches = demonstration_batches(run.setup.config, run.setup.task, run.setup.tokenizer)
+    setup = run.setup
+    batches = demonstration_batches(setup.config, setup.task, setup.tokenizer, update.row_multiple)
     schedule = learning_rate(config.optimizer, config.steps)
     run.display.start("warm-up", done, config.steps)
     pending, tokens, clock = [], 0, time.perf_counter()
@@ -204,7 +220,7 @@ def _warm_up(run: Run, update: Update, state: TrainState, done: int) -> TrainSta
     good, steps = before["good"], before["steps"]
     for step, batch in enumerate(islice(batches, done, config.steps), start=done + 1):
         with stage("update", "sft", step):
-            state, metrics = update.single(state, batch)
+            state, metrics = update.single(state, update.place(batch))
         run.stop.serving = True
         pending.append((step, batch.tokens.shape, metrics))
         tokens += int(np.sum(batch.loss_mask))
@@ -256,7 +272,8 @@ def _reinforce(
             try:
                 batch = batches.next(state.params, step - 1)
             except Exception as error:
-                run.save(state, "rl", step - 1, batches)
+                if all_failed():
+                    run.save(state, "rl", step - 1, batches)
                 if isinstance(error, signals.Abandoned):
                     raise _Interrupted(step - 1) from error
                 if isinstance(error, UserError) and step > done + 1:  # it was good input so far
@@ -388,6 +405,7 @@ def _layout(setup: Setup) -> dict[str, Any]:
     return dict(
         edges=config.bucket_edges,
         tokens_per_microbatch=config.rl.tokens_per_microbatch,
+        row_multiple=1 if setup.mesh is None else row_shards(setup.mesh),
         pack=config.rl.pack,
         attention=attention_work(setup.architecture),
     )
@@ -417,7 +435,8 @@ def _finish(run: Run, step: int, status: str, seconds: float) -> TrainResult:
         by = "a signal" if stop.asked_by is None else stop.asked_by.name
         run.display.say(f"stopped by {by} in {stop.where}: {stop.kept()[0]}")
     prefix = f"eval/{run.setup.task.name}/"
-    evaluations = [line for line in load_metrics(run.folder / FILE_NAME) if line["phase"] == "eval"]
+    lines = on_first(lambda: load_metrics(run.folder / FILE_NAME))
+    evaluations = [line for line in lines if line["phase"] == "eval"]
     figures = [
         {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
         | {"step": line["step"]}
@@ -426,8 +445,8 @@ def _finish(run: Run, step: int, status: str, seconds: float) -> TrainResult:
     order = monotonicity(evaluations)
     run.conclude(order)
     report = None
-    if run.setup.config.run.report and stop.spare() > 0:
+    if run.setup.config.run.report and on_first(lambda: stop.spare() > 0):
         with phase("report"):
-            report = write_report(run.folder)
+            report = Path(on_first(lambda: str(write_report(run.folder))))
     before, after = (figures[0], figures[-1]) if figures else ({}, {})
     return TrainResult(run.folder, report, status, step, before, after, order, seconds)

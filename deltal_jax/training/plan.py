@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+from jax.sharding import Mesh
 
 from deltal_jax.config import Config
 from deltal_jax.model import huggingface
@@ -12,6 +13,7 @@ from deltal_jax.model.published import PUBLISHED
 from deltal_jax.tasks.base import Task
 from deltal_jax.tasks.catalog import make_task
 from deltal_jax.tasks.files import missing_files
+from deltal_jax.training.devices import make_training_mesh
 from deltal_jax.training.setup import check_config, check_setup, make_architecture, make_setup
 
 
@@ -25,6 +27,8 @@ class Plan:
     task: Task | None
     #: What is not here, and so was not checked; a line each.
     notes: list[str]
+    #: The devices that train, if it is not one.
+    mesh: Mesh | None = None
 
 
 def make_plan(config: Config) -> Plan:
@@ -41,14 +45,17 @@ def make_plan(config: Config) -> Plan:
     published = PUBLISHED.get(model.path or "") if away else None
     if published is not None:
         notes.append(f"note: {model.path} is not here; its shape is known, a run fetches the rest")
-    if devices is not None and devices >= jax.device_count():
+    few = devices is not None and devices >= jax.device_count()
+    if few:
         notes.append(f"note: there are not {devices} devices here, and one more that trains")
     if model.path is None or not notes:
         setup = make_setup(config)
         check_setup(setup)
-        return Plan(config, setup.architecture, setup.task, [])
+        return Plan(config, setup.architecture, setup.task, [], setup.mesh)
     if published is None:
         published = huggingface.read_config(find_checkpoint(model.path, model.revision))
     check_config(config, published)
     architecture = make_architecture(config, 0, published)
-    return Plan(config, architecture, None if missing else make_task(config.task), notes)
+    mesh = None if few else make_training_mesh(config)
+    task = None if missing else make_task(config.task)
+    return Plan(config, architecture, task, notes, mesh)

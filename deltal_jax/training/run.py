@@ -25,6 +25,8 @@ from deltal_jax.guard.pulse import phase
 from deltal_jax.guard.signals import Abandoned, Stop
 from deltal_jax.guard.watchdog import watching
 from deltal_jax.metrics import MetricsWriter
+from deltal_jax.parallel.mesh import describe_mesh
+from deltal_jax.parallel.processes import is_first, on_each, on_first
 from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.tasks.base import Task, files_of
@@ -49,6 +51,8 @@ from deltal_jax.types import TrainState
 MOST_WARNINGS = 100
 #: Among what is kept with a checkpoint: the step's evaluation is still to be done.
 OWED = "evaluation owed"
+#: In `Run.running`: the mesh, in words.
+MESH = "mesh"
 
 
 class TrainingError(ArithmeticError):
@@ -146,7 +150,8 @@ class Run:
         self.writer.write(step, "eval", result.metrics | seconds)
         self.evaluated = step, result.metrics
         config = self.setup.config.evaluate
-        write_samples(self.folder / run_folder.SAMPLES, samples_name(step), result, config.rows)
+        if is_first():
+            write_samples(self.folder / run_folder.SAMPLES, samples_name(step), result, config.rows)
         prefix = f"eval/{self.setup.task.name}/"
         found = {k.removeprefix(prefix): v for k, v in result.metrics.items()}
         missing = found["missing_frac"]
@@ -185,13 +190,14 @@ class Run:
             "environment": {
                 "jax": jax.__version__,
                 "backend": f"{jax.default_backend()} × {jax.device_count()}",
+                "mesh": describe_mesh(self.setup.mesh),
                 "python": platform.python_version(),
                 "machine": platform.machine(),
             },
         }
         self._summarise(facts)
         self.display.say(f"run folder: {self.folder}")
-        self.display.say(describe_model(config, self.setup.architecture))
+        self.display.say(describe_model(config, self.setup.architecture, self.setup.mesh))
         if found := describe_task(self.setup.task):
             self.display.say(found)
         self.display.say(said)
@@ -199,6 +205,9 @@ class Run:
             self.display.say(sampling)
         if newest is not None:
             self.display.say(f"resumed after {position.step} steps of {position.phase}")
+            before, now = position.running.get(MESH), describe_mesh(self.setup.mesh)
+            if before not in (None, now):
+                self.display.say(f"mesh: {now}, before {before}; equal to rounding, not to the bit")
         for name, (before, after) in changes.items():
             self.display.say(f"{name}: {before} → {after}")
         if newest is not None and position.phase == "rl" and position.step >= config.rl.steps:
@@ -221,13 +230,16 @@ class Run:
             self._add_facts({"warnings": kept})
 
     def _add_facts(self, facts: dict[str, Any]) -> None:
-        self._summarise(self._known_facts() | facts)
+        if is_first():
+            self._summarise(self._known_facts() | facts)
 
     def _known_facts(self) -> dict[str, Any]:
         path = self.folder / run_folder.SUMMARY
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def _summarise(self, facts: dict[str, Any]) -> None:
+        if not is_first():
+            return
         run_folder.write_text(self.folder / run_folder.SUMMARY, json.dumps(facts, indent=1) + "\n")
 
     def stopped(self, phase: str, step: int, what: object) -> TrainingError:
@@ -314,16 +326,30 @@ def create_run(
     """A new run: checked as a whole before its folder is made."""
     if experiment is None:
         raise UserError("config: name an experiment; `deltal configs` lists them")
-    config = pin_checkpoint(load_config(experiment, overrides))
-    config = dataclasses.replace(config, task=pin_files(config.task))
-    choose_rewards(config, rewards)
-    check_profile(profile, config)
-    run_folder.check_run_folder(config)
-    setup = make_setup(config)
-    check_setup(setup)
-    folder, config = run_folder.create_run_folder(config)
-    save_model_files(setup, folder / run_folder.MODEL)
-    return folder, dataclasses.replace(setup, config=config)
+
+    def check() -> Setup:
+        config = pin_checkpoint(load_config(experiment, overrides))
+        config = dataclasses.replace(config, task=pin_files(config.task))
+        choose_rewards(config, rewards)
+        check_profile(profile, config)
+        if is_first():
+            run_folder.check_run_folder(config)
+        setup = make_setup(config)
+        check_setup(setup)
+        return setup
+
+    setup = on_each(check)
+    config = setup.config
+
+    def create() -> str:
+        folder, _ = run_folder.create_run_folder(config)
+        save_model_files(setup, folder / run_folder.MODEL)
+        return str(folder)
+
+    folder = Path(on_first(create))  # its name has the time in it, by one clock
+    on_each(lambda: run_folder.load_run_config(folder))
+    named = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
+    return folder, dataclasses.replace(setup, config=named)
 
 
 def reopen_run(
@@ -334,21 +360,36 @@ def reopen_run(
 ) -> tuple[Path, Setup, dict[str, tuple[Any, Any]]]:
     """A run to go on with, and what `run_folder.changes` finds: checked before anything in its
     folder changes."""
-    folder, config = run_folder.reopen_run_folder(name, overrides, overrides.get("run.dir"))
+    run_dir = overrides.get("run.dir") or on_first(lambda: str(run_folder.newest_run(name)))
+    folder, setup, changes = on_each(lambda: _check_reopened(name, overrides, run_dir, rewards))
+    config = setup.config
+    if name is not None and (drift := run_folder.drifted_fields(name, config)):
+        display.say(f"note: the run's own config holds, {name} differs in {', '.join(drift)}")
+
+    def write() -> None:
+        run_folder.write_text(folder / run_folder.CONFIG, dump_config(config))
+        if run_folder.model_files(folder) is None:  # it was ended before it had them
+            save_model_files(setup, folder / run_folder.MODEL)
+
+    on_first(write)
+    return folder, setup, changes
+
+
+def _check_reopened(
+    name: str | None,
+    overrides: dict[str, Any],
+    run_dir: str,
+    rewards: Sequence[Reward | str] | None,
+) -> tuple[Path, Setup, dict[str, tuple[Any, Any]]]:
+    folder, config = run_folder.reopen_run_folder(name, overrides, run_dir)
     changes = run_folder.changes(run_folder.load_run_config(folder), config)
     changes.pop("run.dir", None)  # it may be moved, and is said anyway
     _check_rewards(folder, choose_rewards(config, rewards))
     if config.lora.rank:
         config = pin_checkpoint(config)
-    saved = run_folder.model_files(folder)
-    setup = make_setup(config, saved)
+    setup = make_setup(config, run_folder.model_files(folder))
     check_setup(setup, weights=setup.architecture.lora is not None)
     _check_data(folder, setup.task)
-    if name is not None and (drift := run_folder.drifted_fields(name, config)):
-        display.say(f"note: the run's own config holds, {name} differs in {', '.join(drift)}")
-    run_folder.write_text(folder / run_folder.CONFIG, dump_config(config))
-    if saved is None:  # it was ended before it had them
-        save_model_files(setup, folder / run_folder.MODEL)
     return folder, setup, changes
 
 
@@ -375,6 +416,16 @@ def open_checkpoints(
         },
     }
     return Checkpoints(where, keep, origin=origin, say=display.say)
+
+
+def check_mesh(setup: Setup, position: Position) -> None:
+    """Raises UserError where a run goes on on another mesh, and may not."""
+    before, now = position.running.get(MESH), describe_mesh(setup.mesh)
+    if setup.config.rollout.partial and before not in (None, now):
+        raise UserError(
+            f"mesh: the run was on {before}, which decides how far rollout.partial comes in a "
+            f"step, and cannot go on on {now}; set mesh.data, mesh.fsdp and mesh.tensor as before"
+        )
 
 
 def choose_rewards(

@@ -44,6 +44,7 @@ CHANGEABLE = {
     "evaluate.": "what is measured, in random numbers of its own",
     "checkpoint.": "what is kept; not where, as that is where the run is",
     "guard.": "when it warns or stops; what is left out is not finite, whatever they say",
+    "mesh.": "what the devices add is added in another order; a run says so",
     "watchdog.": "what notices that nothing moves",
 }
 
@@ -91,7 +92,7 @@ def reopen_run_folder(
     Without `run_dir`, the newest run under runs/ of the experiment `name`. Raises UserError if
     there is none, or if an override changes what the run computes.
     """
-    folder = Path(run_dir) if run_dir is not None else _newest_run(name)
+    folder = Path(run_dir) if run_dir is not None else newest_run(name)
     stored = load_run_config(folder)
     config = load_config(folder / CONFIG, {**overrides, "run.dir": str(folder)})
     changes(stored, config)
@@ -166,7 +167,11 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _newest_run(name: str | None) -> Path:
+def newest_run(name: str | None) -> Path:
+    """The run under runs/ that was last written to, of the experiment `name` or of any.
+
+    Raises UserError where there is none.
+    """
     stem = Path(name).name.removesuffix(".yaml") if name else ""
     found = [path for path in Path(RUNS).glob(f"*/{CONFIG}") if stem in ("", _run_name(path))]
     found.sort(key=_last_touched)

@@ -28,7 +28,7 @@ from deltal_jax.model.transformer import (
     make_graphdef,
     split_model,
 )
-from deltal_jax.parallel.mesh import make_mesh
+from deltal_jax.parallel.sharding import parameter_shardings
 from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.rollout.checks import check_memory, free_memory
 from deltal_jax.rollout.engine import Engine
@@ -39,6 +39,7 @@ from deltal_jax.tasks.base import Problem, Task
 from deltal_jax.tasks.catalog import make_task
 from deltal_jax.tasks.files import load_rewards
 from deltal_jax.training.describe import sampling_parts
+from deltal_jax.training.devices import make_sampling_mesh, make_training_mesh
 from deltal_jax.training.objective import make_loss
 from deltal_jax.training.optimizer import make_optimizer
 from deltal_jax.training.step import SUPERVISED, Update
@@ -63,6 +64,8 @@ class Setup:
     checkpoint_config: dict[str, Any] | None
     #: Of the weights beside the adapters of a run that is reopened: see `tensor_files.fingerprint`.
     base_fingerprint: dict[str, str] | None = None
+    #: The devices that train, and those that sample where there are no others; None: one device.
+    mesh: Mesh | None = None
 
 
 def pin_checkpoint(config: Config) -> Config:
@@ -79,6 +82,7 @@ def pin_checkpoint(config: Config) -> Config:
 def make_setup(config: Config, saved: Path | None = None) -> Setup:
     """The parts that a config names. The tokenizer and the shape of the model come from the folder
     `saved` that `save_model_files` made, from that of `model.path`, or are made anew."""
+    mesh = make_training_mesh(config)
     task = make_task(config.task)
     checkpoint_config = None
     folder = saved
@@ -94,7 +98,7 @@ def make_setup(config: Config, saved: Path | None = None) -> Setup:
     kept = None
     if saved is not None and architecture.lora is not None:
         kept = read_object(saved / BASE)
-    return Setup(config, task, tokenizer, architecture, graphdef, checkpoint_config, kept)
+    return Setup(config, task, tokenizer, architecture, graphdef, checkpoint_config, kept, mesh)
 
 
 def save_model_files(setup: Setup, folder: Path) -> None:
@@ -115,15 +119,14 @@ def check_setup(setup: Setup, *, weights: bool = True) -> None:
     that do not fit."""
     config = setup.config
     check_config(config, setup.checkpoint_config)
-    make_sampling_mesh(config)
+    sampling = make_sampling_mesh(config) or setup.mesh
     if config.model.path is not None and weights:
         base = dataclasses.replace(setup.architecture, lora=None)
         huggingface.check_tensors(find_base(setup), base)
     rollout = config.rollout
     if rollout.engine == "jax":  # before a warm-up, not after it
-        parts = sampling_parts(config, setup.architecture)
-        devices = None if rollout.devices is None else jax.devices()[-rollout.devices :]
-        check_memory(rollout.slots, parts, free_memory(devices))
+        parts = sampling_parts(config, setup.architecture, setup.mesh)
+        check_memory(rollout.slots, parts, free_memory(sampling and sampling.local_devices))
     encode_problems(setup, setup.task.held_out(config.evaluate.problems))
     draw_training(setup, 0, 1)
 
@@ -220,17 +223,22 @@ def _kernel(config: Config, head_dim: int) -> Kernel:
 
 def init_params(setup: Setup, key: jax.Array) -> Any:
     """The parameters that a run starts from: those of `model.path`, or fresh ones, in one compiled
-    program. Adapters are fresh, and what they are beside is frozen in bfloat16."""
+    program that makes them where they lie on the mesh. Adapters are fresh, and what they are beside
+    is frozen in bfloat16."""
     config, arch = setup.config, setup.architecture
 
     def fresh(key: jax.Array) -> Any:
         params = trained(split_model(init_model(arch, key))[1])
         return jax.tree.map(lambda x: x.astype(config.model.param_dtype), params)
 
+    shardings = None
+    if setup.mesh is not None:
+        shardings = parameter_shardings(setup.mesh, jax.eval_shape(fresh, key))
+    make = jax.jit(fresh, out_shardings=shardings)
     if config.model.path is None:
-        return jax.jit(fresh)(key)
+        return make(key)
     params = load_checkpoint(setup)
-    return params if arch.lora is None else overlay(params, jax.jit(fresh)(key))
+    return params if arch.lora is None else overlay(params, make(key))
 
 
 def load_checkpoint(setup: Setup) -> Any:
@@ -238,7 +246,8 @@ def load_checkpoint(setup: Setup) -> Any:
     base = dataclasses.replace(setup.architecture, lora=None)
     frozen = setup.architecture.lora is not None
     dtype = "bfloat16" if frozen else setup.config.model.param_dtype
-    return huggingface.load_params(find_base(setup), base, dtype=jax.numpy.dtype(dtype))
+    dtype = jax.numpy.dtype(dtype)
+    return huggingface.load_params(find_base(setup), base, mesh=setup.mesh, dtype=dtype)
 
 
 def find_base(setup: Setup) -> Path:
@@ -268,17 +277,17 @@ def make_update(setup: Setup, phase: str) -> Update:
     """The update of the phase "sft" or "rl"; the same object for the same experiment in whatever
     folder, so that a second run in this process compiles nothing."""
     config = dataclasses.replace(setup.config, run=Config().run)
-    return _make_update(setup.graphdef, config, phase)
+    return _make_update(setup.graphdef, config, phase, setup.mesh)
 
 
 @functools.lru_cache(maxsize=8)
-def _make_update(graphdef: nnx.GraphDef, config: Config, phase: str) -> Update:
+def _make_update(graphdef: nnx.GraphDef, config: Config, phase: str, mesh: Mesh | None) -> Update:
     if phase == "sft":
         options, steps, terms = config.sft.optimizer, config.sft.steps, SUPERVISED
     else:
         options, steps, terms = config.rl.optimizer, config.rl.updates, make_loss(config)
     optimizer = make_optimizer(options, steps)
-    return Update(graphdef, optimizer, terms, moment_dtype=options.moment_dtype)
+    return Update(graphdef, optimizer, terms, mesh=mesh, moment_dtype=options.moment_dtype)
 
 
 def make_engine(setup: Setup, *, temperature: float, training: bool = False) -> RolloutEngine:
@@ -288,7 +297,7 @@ def make_engine(setup: Setup, *, temperature: float, training: bool = False) -> 
     config, options = setup.config, _sampling_options(setup, temperature, training)
     if config.rollout.engine == "jax":
         mesh = make_sampling_mesh(config) if training else None
-        return _make_engine(setup.graphdef, options, mesh)
+        return _make_engine(setup.graphdef, options, mesh or setup.mesh)
     server = config.rollout.server
     assert server.url is not None  # by the config's rules
     if server.weights_dir is None and config.run.dir is None:
@@ -311,22 +320,6 @@ def _make_engine(
     graphdef: nnx.GraphDef, options: SamplingOptions, mesh: Mesh | None = None
 ) -> Engine:
     return Engine(graphdef, options, mesh=mesh)
-
-
-def make_sampling_mesh(config: Config) -> Mesh | None:
-    """The devices that sample only, each with the whole model; None: those that train sample, too.
-
-    Raises UserError where none is left to train.
-    """
-    wanted, devices = config.rollout.devices, jax.devices()
-    if wanted is None:
-        return None
-    if wanted >= len(devices):
-        raise UserError(
-            f"rollout.devices: {wanted} of {len(devices)} devices leaves none to train; set it to "
-            + ("null" if len(devices) == 1 else f"at most {len(devices) - 1}")
-        )
-    return make_mesh(devices=devices[-wanted:])
 
 
 def make_local_engine(setup: Setup, *, temperature: float) -> Engine:

@@ -2,6 +2,7 @@
 each."""
 
 import bisect
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,8 +21,11 @@ Row = tuple[list[int], int]  # token ids, prompt length
 MAX_SKIPPED = 10_000
 
 
-def demonstration_batches(config: Config, task: Task, tokenizer: Tokenizer) -> Iterator[Bucket]:
-    """An endless, deterministic stream of batches of about `sft.tokens_per_batch` padded tokens.
+def demonstration_batches(
+    config: Config, task: Task, tokenizer: Tokenizer, row_multiple: int = 1
+) -> Iterator[Bucket]:
+    """An endless, deterministic stream of batches of about `sft.tokens_per_batch` padded tokens,
+    filled up with empty rows to a multiple of `row_multiple`.
 
     Demonstrations wait in one list for each bucket until they fill a batch; its loss is the mean
     over its response tokens. Rows longer than the last bucket are left out.
@@ -47,11 +51,11 @@ def demonstration_batches(config: Config, task: Task, tokenizer: Tokenizer) -> I
         rows = waiting[edges[at]]
         rows.append((ids, len(head)))
         if len(rows) == bucket_rows(edges[at], budget):
-            yield _batch(rows, edges[at], budget)
+            yield _batch(rows, edges[at], row_multiple)
             rows.clear()
 
 
-def _batch(rows: list[Row], edge: int, budget: int) -> Bucket:
+def _batch(rows: list[Row], edge: int, row_multiple: int) -> Bucket:
     tokens = np.zeros((len(rows), edge), np.int32)
     for line, (ids, _) in zip(tokens, rows, strict=True):
         line[: len(ids)] = ids
@@ -76,6 +80,7 @@ def _batch(rows: list[Row], edge: int, budget: int) -> Bucket:
         advantages=np.ones(len(rows), np.float32),
         weights=np.full(len(rows), 1.0 / mask.sum(), np.float32),
         edges=(edge,),
-        tokens_per_microbatch=budget,
+        tokens_per_microbatch=edge * math.ceil(len(rows) / row_multiple) * row_multiple,
+        row_multiple=row_multiple,
     )
     return bucket

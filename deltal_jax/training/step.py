@@ -28,7 +28,12 @@ from deltal_jax.objective.aggregation import policy_gradient_loss
 from deltal_jax.objective.divergence import kl_k3
 from deltal_jax.objective.logprobs import chunked_logprobs
 from deltal_jax.objective.surrogate import reinforce
-from deltal_jax.parallel.sharding import row_shards, shard_bucket, state_shardings
+from deltal_jax.parallel.sharding import (
+    replicated_sharding,
+    row_shards,
+    shard_bucket,
+    state_shardings,
+)
 from deltal_jax.training.optimizer import ROUNDING_STREAM, round_like, widen
 from deltal_jax.types import Bucket, TrainState
 
@@ -129,7 +134,8 @@ class Update:
         self.optimizer = optimizer
         self.mesh = mesh
         self.moment_dtype = moment_dtype
-        shards = 1 if mesh is None else row_shards(mesh)
+        #: Rows of a bucket are a multiple of this.
+        self.row_multiple = shards = 1 if mesh is None else row_shards(mesh)
         # Said of all that is made here, as it is of what is restored: to JAX these are programs of
         # their own, and a resumed run would compile all of them anew.
         self._device = None if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -156,19 +162,23 @@ class Update:
 
         def zero(params: Any, bucket: Bucket) -> Gradient:
             shapes = jax.eval_shape(gradient, params, bucket)
-            empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            return dataclasses.replace(empty, grads=self._pin(empty.grads))
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         self.gradient = gradient
-        self.add = self._jit(add, donate_argnums=1)
-        #: log π of each token of a bucket, Float[N T], at the temperature of the terms.
+        self.add = self._pinned(add, self._as_gradient, donate_argnums=1)
+        #: log π of each token of a bucket, Float[N T], at the temperature of the terms; whole on
+        #: every device.
         self.logprobs = self._jit(
-            lambda params, bucket: bucket_logprobs(graphdef, params, bucket, terms, shards)[0]
+            lambda params, bucket: bucket_logprobs(graphdef, params, bucket, terms, shards)[0],
+            out_shardings=None if mesh is None else replicated_sharding(mesh),
         )
-        self._zero = jax.jit(zero, out_shardings=self._device)
-        self.apply = jax.jit(self._apply, donate_argnums=0)
+        if mesh is None:
+            self._zero = jax.jit(zero, out_shardings=self._device)
+        else:
+            self._zero = self._pinned(zero, self._as_gradient)
+        self.apply = self._pinned(self._apply, self._as_state, donate_argnums=0)
         #: One micro-batch and its optimizer step in one program; the metrics stay on the device.
-        self.single = self._jit(single, donate_argnums=0)
+        self.single = self._pinned(single, self._as_state, donate_argnums=0)
 
     def _jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """Compiled where the mesh is known to the kernels of attention, which split by it."""
@@ -181,6 +191,35 @@ class Update:
                 return compiled(*arguments)
 
         return call
+
+    def _pinned(
+        self, function: Callable[..., Any], layout: Callable[[Any], Any], **options: Any
+    ) -> Callable[..., Any]:
+        """Compiled such that what it gives lies on the mesh as `layout` says of its first argument.
+        What the compiler chose for itself could be another layout, or the same by another name, for
+        which all that takes it would be compiled anew."""
+        if self.mesh is None:
+            return self._jit(function, **options)
+        compiled: dict[Any, Callable[..., Any]] = {}
+
+        def call(first: Any, *others: Any) -> Any:
+            kind = jax.tree.structure(first)
+            if kind not in compiled:
+                compiled[kind] = self._jit(function, out_shardings=layout(first), **options)
+            return compiled[kind](first, *others)
+
+        return call
+
+    def _as_state(self, state: TrainState) -> Any:
+        """The layout of a state, like this one, and metrics."""
+        assert self.mesh is not None
+        return state_shardings(self.mesh, state), replicated_sharding(self.mesh)
+
+    def _as_gradient(self, params: Any) -> Gradient:
+        """The layout of a gradient by these parameters."""
+        assert self.mesh is not None
+        whole: Any = replicated_sharding(self.mesh)
+        return Gradient(state_shardings(self.mesh, trained(params)), whole, whole)
 
     def init(
         self, params: Any, key: Array, *, reference: bool = False, donate: bool = False

@@ -14,11 +14,12 @@ import jax
 from deltal_jax.backend import enable_compile_cache
 from deltal_jax.checkpoints.manifest import Position
 from deltal_jax.checkpoints.reader import SavedSteps, abstract_state
-from deltal_jax.config import ModelConfig, load_config
+from deltal_jax.config import MeshConfig, ModelConfig, load_config
 from deltal_jax.config.rules import SHAPE
 from deltal_jax.errors import UserError
 from deltal_jax.model import huggingface
 from deltal_jax.model.lora import overlay
+from deltal_jax.parallel.sharding import state_shardings
 from deltal_jax.training import run_folder
 from deltal_jax.training.setup import (
     Setup,
@@ -42,6 +43,8 @@ class Trained:
     position: Position
 
 
+#: Fields of a config that has no mesh of its own.
+ONE_DEVICE = {f"mesh.{field.name}": None for field in dataclasses.fields(MeshConfig)}
 #: Which RL steps of a run; None: its newest checkpoint, of whatever phase.
 Steps = Sequence[int] | Literal["all"] | None
 
@@ -61,7 +64,8 @@ def load_steps(
     """
     enable_compile_cache()
     run_folder.load_run_config(folder)
-    config = load_config(folder / run_folder.CONFIG, overrides)
+    # Who trained on many devices may look at it on one.
+    config = load_config(folder / run_folder.CONFIG, ONE_DEVICE | overrides)
     checkpoints = SavedSteps(run_folder.checkpoints_folder(folder, config))
     numbers = _numbers(folder, checkpoints, steps, config.sft.steps)
     setup = make_setup(config, run_folder.model_files(folder))
@@ -142,10 +146,17 @@ def restore_state(
 
 
 def like_saved(setup: Setup, phase: str) -> TrainState:
-    """Shapes and types of the state that a phase saves, of whose parameters only the trained."""
+    """Shapes and types of the state that a phase saves, of whose parameters only the trained, and
+    where they lie on the mesh of this run, whatever the one that saved them had."""
     config = setup.config
     update = make_update(setup, phase)
     reference = phase == "rl" and config.objective.kl_coefficient > 0
     key = jax.eval_shape(lambda: root_key(config.seed))
     init = functools.partial(update.init, reference=reference)
-    return abstract_state(init, abstract_trained(setup), key)
+    state = abstract_state(init, abstract_trained(setup), key)
+    if setup.mesh is None:
+        return state
+    shardings = state_shardings(setup.mesh, state)
+    return jax.tree.map(
+        lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), state, shardings
+    )

@@ -1,0 +1,136 @@
+"""What the processes of a run do together on their hosts: agree, tell, and fail.
+
+All of it is called by every process at the same point of the run, from the main thread. A single
+process needs none of it, and nothing is sent.
+"""
+
+import itertools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax._src.distributed import global_state  # the only way to a barrier with a time limit
+from jax.experimental.multihost_utils import process_allgather
+from jaxtyping import Bool, Int
+
+from deltal_jax.errors import UserError
+
+T = TypeVar("T")
+#: Seconds that a process which fails waits for the others to fail at the same point.
+PATIENCE = 5.0
+#: Bytes that are exchanged at least: sizes double, so that few programs are compiled.
+LEAST_BYTES = 1024
+
+_failures = itertools.count()
+
+
+class PeerError(RuntimeError):
+    """Another process failed; the message is its own."""
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which alone writes what people read."""
+    return jax.process_index() == 0
+
+
+def agree(flag: bool) -> bool:
+    """Whether the flag is set in any process; the same in all."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(process_allgather(np.asarray(flag))))
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, in their order; plain JSON, numbers as they are."""
+    if jax.process_count() == 1:
+        return [value]
+    sent = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = process_allgather(np.asarray(len(sent), np.int32)).reshape(-1)
+    room = max(LEAST_BYTES, 1 << (int(sizes.max()) - 1).bit_length())
+    found = process_allgather(np.pad(sent, (0, room - len(sent))))
+    pairs = zip(found, sizes, strict=True)
+    return [json.loads(row[:size].tobytes()) for row, size in pairs]
+
+
+def on_each(function: Callable[[], T]) -> T:
+    """`function()`, which exchanges nothing, in each process; where it fails in one it fails in
+    all, so that none goes on and waits for the others.
+
+    Raises the process's own error, or else, as PeerError or UserError, that of the first other.
+    """
+    if jax.process_count() == 1:
+        return function()
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = function()
+    except Exception as error:
+        failure = error
+    _fail_alike(failure)
+    return result
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """`function()` of process 0 alone, whose result, plain JSON, all get. Raises as `on_each`."""
+    found = on_each(lambda: function() if is_first() else None)
+    return gather(found)[0]
+
+
+def own_share(numbers: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """Which of the things with these numbers are this process's part of the work."""
+    return np.asarray(numbers) % jax.process_count() == jax.process_index()
+
+
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """A process that fails in here where others do not ends at once, with its line and exit code:
+    left to itself its end would wait for theirs, and theirs, in a collective, for it."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if not all_failed():
+            _end(error)
+        raise
+
+
+def all_failed() -> bool:
+    """Whether the others fail at this point too, within `PATIENCE`: then all may still do something
+    together. To be called where an error was caught."""
+    if jax.process_count() == 1:
+        return True
+    try:
+        name = f"deltal_jax failure {next(_failures)}"
+        client: Any = global_state.client
+        client.wait_at_barrier(name, int(PATIENCE * 1000))
+    except Exception:  # too late, or the service of process 0 is gone
+        return False
+    return True
+
+
+def _fail_alike(own: Exception | None) -> None:
+    said = [isinstance(own, UserError), str(own) or type(own).__name__] if own else None
+    failures = gather(said)
+    if own is not None:
+        raise own
+    for number, failure in enumerate(failures):
+        if failure is not None:
+            kind = UserError if failure[0] else PeerError
+            raise kind(f"{failure[1]} (in process {number})")
+
+
+def _end(error: BaseException) -> None:
+    index = jax.process_index()
+    if isinstance(error, (UserError, ArithmeticError)):
+        print(f"deltal: {error} (in process {index}, which ends)", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+        print(f"deltal: process {index} failed and ends", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2 if isinstance(error, UserError) else 1)

@@ -1,0 +1,53 @@
+"""Which devices train and which sample, from a config."""
+
+import jax
+from jax.sharding import Mesh
+
+from deltal_jax.config import Config, MeshConfig
+from deltal_jax.errors import UserError
+from deltal_jax.parallel.mesh import make_mesh
+from deltal_jax.parallel.sharding import row_shards
+
+
+def make_training_mesh(config: Config) -> Mesh | None:
+    """The devices that train; None: one device of one process.
+
+    Where the config names no sizes, several processes split everything over fsdp: nothing of the
+    model's size is held twice, and rows are split as they would be over data. Raises UserError
+    where the sizes don't multiply to the devices, or slots don't split over them.
+    """
+    sampling = config.rollout.devices or 0
+    several = jax.process_count() > 1
+    if several and sampling:
+        raise UserError("rollout.devices: on several processes all devices train; leave it out")
+    if several and config.rollout.ahead:
+        raise UserError("rollout.ahead: on several processes sampling waits its turn; set it to 0")
+    if config.mesh == MeshConfig() and not several:
+        return None
+    make_sampling_mesh(config)  # leaves some
+    devices = jax.devices()[: jax.device_count() - sampling]
+    given = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+    sizes = (1, -1, 1) if given == (None,) * 3 else (size or 1 for size in given)
+    found = make_mesh(*sizes, devices=devices)
+    if config.rollout.slots % row_shards(found):
+        raise UserError(
+            f"rollout.slots: {config.rollout.slots} do not split over the mesh's "
+            f"{row_shards(found)} devices of data × fsdp"
+        )
+    return found if several or found.size > 1 else None
+
+
+def make_sampling_mesh(config: Config) -> Mesh | None:
+    """The devices that sample only, each with the whole model; None: those that train sample, too.
+
+    Raises UserError where none is left to train.
+    """
+    wanted, devices = config.rollout.devices, jax.devices()
+    if wanted is None:
+        return None
+    if wanted >= len(devices):
+        raise UserError(
+            f"rollout.devices: {wanted} of {len(devices)} devices leaves none to train; set it to "
+            + ("null" if len(devices) == 1 else f"at most {len(devices) - 1}")
+        )
+    return make_mesh(devices=devices[-wanted:])
