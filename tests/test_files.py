@@ -12,7 +12,7 @@ from deltal_jax.metrics import load_metrics
 from deltal_jax.tasks.catalog import make_task
 from deltal_jax.tasks.files import absolute, load_object, load_rewards, pin_files
 from deltal_jax.tasks.grading import Reward
-from deltal_jax.training.run import choose_rewards
+from deltal_jax.training.opening import choose_rewards
 from deltal_jax.training.run_folder import load_run_config
 from deltal_jax.training.setup import check_setup, make_setup
 from tests.test_loop import SMALL

@@ -17,8 +17,8 @@ from deltal_jax.config import load_config
 from deltal_jax.errors import UserError
 from deltal_jax.metrics import load_metrics
 from deltal_jax.training.collect import RolloutStream
-from deltal_jax.training.loop import rollout_logprobs, update_policy
 from deltal_jax.training.objective import make_loss
+from deltal_jax.training.policy import rollout_logprobs, update_policy
 from deltal_jax.training.run_folder import load_run_config
 from deltal_jax.training.setup import init_params, make_engine, make_setup
 from deltal_jax.training.step import Update

@@ -22,7 +22,7 @@ from deltal_jax.model.huggingface import load_architecture, load_params
 from deltal_jax.model.lora import trained
 from deltal_jax.rollout.stream import Streamer
 from deltal_jax.training.collect import RolloutStream, response_texts
-from deltal_jax.training.loop import update_policy
+from deltal_jax.training.policy import update_policy
 from deltal_jax.training.setup import (
     check_setup,
     encode_problems,

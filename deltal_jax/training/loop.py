@@ -2,7 +2,6 @@
 again."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 from itertools import islice
@@ -16,18 +15,13 @@ from deltal_jax.analysis.accuracy import monotonicity
 from deltal_jax.analysis.report import write_report
 from deltal_jax.backend import enable_compile_cache
 from deltal_jax.checkpoints.manifest import Position
-from deltal_jax.config import Config
 from deltal_jax.errors import UserError
 from deltal_jax.guard import signals, supervise
-from deltal_jax.guard.failpoints import fail_point
 from deltal_jax.guard.pulse import phase
 from deltal_jax.guard.watch import StepWatch, finite_updates
 from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics, metrics_size
-from deltal_jax.model.architecture import attention_work
-from deltal_jax.model.lora import overlay
 from deltal_jax.parallel.mesh import describe_mesh, start_distributed
 from deltal_jax.parallel.processes import agree, all_failed, ending_together, is_first, on_first
-from deltal_jax.parallel.sharding import row_shards
 from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.tasks.base import close
@@ -35,28 +29,25 @@ from deltal_jax.tasks.early import EarlyVerdicts
 from deltal_jax.tasks.grading import Reward, RewardFunction, as_rewards
 from deltal_jax.training import run_folder
 from deltal_jax.training.ahead import Ahead, open_batches
-from deltal_jax.training.buckets import make_buckets, make_minibatches, padding_fraction
-from deltal_jax.training.collect import Collected, RolloutStream
+from deltal_jax.training.collect import RolloutStream
 from deltal_jax.training.journal import VerdictJournal
-from deltal_jax.training.objective import minibatch_ids, reject, weigh
-from deltal_jax.training.optimizer import learning_rate
-from deltal_jax.training.run import (
+from deltal_jax.training.opening import (
     MESH,
-    OWED,
-    Run,
     check_mesh,
     check_profile,
     choose_rewards,
     create_run,
     open_checkpoints,
     reopen_run,
-    stage,
 )
-from deltal_jax.training.setup import Setup, init_params, make_engine, make_update
+from deltal_jax.training.optimizer import learning_rate
+from deltal_jax.training.policy import update_policy
+from deltal_jax.training.run import OWED, Run, stage
+from deltal_jax.training.setup import init_params, make_engine, make_update
 from deltal_jax.training.sft import demonstration_batches
-from deltal_jax.training.step import Meters, Update, UpdateReport
+from deltal_jax.training.step import Update
 from deltal_jax.training.trained import restore_state, root_key
-from deltal_jax.types import Bucket, Rollout, TrainState
+from deltal_jax.types import TrainState
 
 #: The warm-up steps since the last line of metrics, among what is kept with a checkpoint.
 PENDING = "sft/pending"
@@ -318,114 +309,8 @@ def _reinforce(
     return last
 
 
-def update_policy(
-    setup: Setup,
-    update: Update,
-    state: TrainState,
-    batch: Collected,
-    watch: StepWatch | None = None,
-) -> tuple[TrainState, dict[str, float]]:
-    """All optimizer updates on one rollout batch: epochs × mini-batches. `watch` is shown every
-    one, and may end the run."""
-    clock = time.perf_counter()
-    batch = with_logprobs(setup, update, state, batch)
-    recomputed = time.perf_counter()
-    if watch is not None:
-        watch.begin(state, batch)
-    minibatches, metrics = make_updates(setup, batch)
-    schedule = learning_rate(setup.config.rl.optimizer, setup.config.rl.updates)
-    rate = float(np.asarray(schedule(int(state.updates))))
-    reports: list[UpdateReport] = []
-    for buckets in minibatches * setup.config.rl.epochs_per_rollout:
-        state, report = update(state, buckets)
-        fail_point("update")
-        reports.append(report)
-        if watch is not None:
-            watch.updated(state, reports)
-    return state, {
-        **step_metrics(setup.config, metrics, reports),
-        "optim/lr": rate,
-        "throughput/padding_frac": padding_fraction([b for bs in minibatches for b in bs]),
-        "time/old_logprob": recomputed - clock,
-        "time/update": time.perf_counter() - recomputed,
-    }
-
-
-def with_logprobs(setup: Setup, update: Update, state: TrainState, batch: Collected) -> Collected:
-    """The batch with the log-probabilities that the objective asks for, which are fixed before the
-    first update changes the parameters."""
-    old = reference = None
-    if setup.config.objective.old_logprobs == "recompute":
-        old = rollout_logprobs(update, state.params, batch.rollout, **_layout(setup))
-    if state.reference is not None:
-        anchor = overlay(state.params, state.reference)
-        reference = rollout_logprobs(update, anchor, batch.rollout, **_layout(setup))
-    return dataclasses.replace(batch, old_logprobs=old, reference_logprobs=reference)
-
-
-def make_updates(setup: Setup, batch: Collected) -> tuple[list[list[Bucket]], dict[str, float]]:
-    """The micro-batches of each update of one epoch, and the metrics that no update changes."""
-    config, rollout, old, mismatch = setup.config, batch.rollout, batch.old_logprobs, {}
-    if old is not None:
-        rollout, mismatch = reject(config.objective, rollout, old)
-    weighted = weigh(config, rollout, batch.rewards)
-    minibatches = make_minibatches(
-        rollout,
-        minibatch_ids(config, rollout),
-        advantages=weighted.advantages,
-        weights=weighted.weights,
-        auxiliary_weights=weighted.auxiliary_weights,
-        factor=weighted.minibatch_factor,
-        old_logprobs=old,
-        reference_logprobs=batch.reference_logprobs,
-        **_layout(setup),
-    )
-    return minibatches, weighted.metrics | mismatch
-
-
-def step_metrics(
-    config: Config, fixed: dict[str, float], reports: Sequence[UpdateReport]
-) -> dict[str, float]:
-    """Metrics of a step: means over the updates that were made, NaN where none was."""
-    good = [report for report in reports if report.skipped is None]
-    norms = {k: _mean([r.norms[k] for r in good]) for k in reports[0].norms}
-    if good:
-        measured = functools.reduce(Meters.merge, [r.meters for r in good]).values()
-    else:
-        measured = dict.fromkeys(reports[0].meters.values(), float("nan"))
-    measured = {"policy/loss": _mean([r.loss for r in good])} | measured | fixed
-    if config.rollout.filtered:  # the sampler's log-probabilities are of fewer tokens: no mismatch
-        measured = {k: v for k, v in measured.items() if not k.startswith("mismatch/")}
-    return measured | norms | {"optim/skipped": float(len(reports) - len(good))}
-
-
-def _layout(setup: Setup) -> dict[str, Any]:
-    """How rollouts are cut into micro-batches."""
-    config = setup.config
-    return dict(
-        edges=config.bucket_edges,
-        tokens_per_microbatch=config.rl.tokens_per_microbatch,
-        row_multiple=1 if setup.mesh is None else row_shards(setup.mesh),
-        pack=config.rl.pack,
-        attention=attention_work(setup.architecture),
-    )
-
-
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else float("nan")
-
-
-def rollout_logprobs(update: Update, params: Any, rollout: Rollout, **layout: Any) -> np.ndarray:
-    """log π of every trained token of a rollout under `params`, Float[B T]; 0 elsewhere."""
-    found = np.zeros_like(rollout.logprobs)
-    everything = np.arange(len(rollout.lengths))
-    ones = np.ones(len(everything), np.float32)
-    for bucket in make_buckets(rollout, everything, advantages=ones, weights=ones, **layout):
-        mask = np.asarray(bucket.loss_mask)
-        columns = np.asarray(bucket.positions)[mask]
-        values = np.asarray(update.logprobs(params, update.place(bucket)))
-        found[np.asarray(bucket.segment_ids)[mask], columns] = values[mask]
-    return found
 
 
 def _finish(run: Run, step: int, status: str, seconds: float) -> TrainResult:

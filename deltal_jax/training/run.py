@@ -14,36 +14,28 @@ from typing import Any
 import jax
 from etils import epath
 
-from deltal_jax.checkpoints.disk import checksum, children, files_under
+from deltal_jax.checkpoints.disk import files_under
 from deltal_jax.checkpoints.manifest import Position
 from deltal_jax.checkpoints.reader import SavedSteps
-from deltal_jax.checkpoints.retention import Keep
 from deltal_jax.checkpoints.store import Checkpoints, SaveError
-from deltal_jax.config import Config, dump_config, load_config
-from deltal_jax.errors import UserError
 from deltal_jax.guard.pulse import phase
 from deltal_jax.guard.signals import Abandoned, Stop
 from deltal_jax.guard.watchdog import watching
 from deltal_jax.metrics import MetricsWriter
 from deltal_jax.parallel.mesh import describe_mesh
-from deltal_jax.parallel.processes import is_first, on_each, on_first
+from deltal_jax.parallel.processes import is_first
 from deltal_jax.progress import ProgressDisplay
 from deltal_jax.rollout.base import RolloutEngine
-from deltal_jax.tasks.base import Task, files_of
-from deltal_jax.tasks.files import load_rewards, pin_files
-from deltal_jax.tasks.grading import Reward, as_rewards
+from deltal_jax.tasks.grading import Reward
 from deltal_jax.training import run_folder
 from deltal_jax.training.ahead import Ahead
-from deltal_jax.training.collect import OVERLONG, RolloutStream
+from deltal_jax.training.collect import RolloutStream
 from deltal_jax.training.describe import describe_model, describe_sampling, describe_task, formula
 from deltal_jax.training.evaluate import evaluate, samples_name, write_samples
 from deltal_jax.training.journal import VerdictJournal
+from deltal_jax.training.opening import MESH, data_fingerprint, reward_names
 from deltal_jax.training.setup import (
     Setup,
-    check_setup,
-    make_setup,
-    pin_checkpoint,
-    save_model_files,
 )
 from deltal_jax.types import TrainState
 
@@ -51,8 +43,6 @@ from deltal_jax.types import TrainState
 MOST_WARNINGS = 100
 #: Among what is kept with a checkpoint: the step's evaluation is still to be done.
 OWED = "evaluation owed"
-#: In `Run.running`: the mesh, in words.
-MESH = "mesh"
 
 
 class TrainingError(ArithmeticError):
@@ -183,7 +173,7 @@ class Run:
         said = formula(config)
         facts = {
             "formula": said,
-            "rewards": _reward_names(self.rewards),
+            "rewards": reward_names(self.rewards),
             "data": data_fingerprint(self.setup.task),
             "warnings": self.running.get("warnings", []),
             "changes": self._known_facts().get("changes", []) + changed,
@@ -317,192 +307,9 @@ def stage(name: str, phase_: str, step: int) -> AbstractContextManager[None]:
     return phase(name, step_name(phase_, step))
 
 
-def create_run(
-    experiment: str | Path | None,
-    overrides: dict[str, Any],
-    rewards: Sequence[Reward | str] | None,
-    profile: tuple[int, int] | None,
-) -> tuple[Path, Setup]:
-    """A new run: checked as a whole before its folder is made."""
-    if experiment is None:
-        raise UserError("config: name an experiment; `deltal configs` lists them")
-
-    def check() -> Setup:
-        config = pin_checkpoint(load_config(experiment, overrides))
-        config = dataclasses.replace(config, task=pin_files(config.task))
-        choose_rewards(config, rewards)
-        check_profile(profile, config)
-        if is_first():
-            run_folder.check_run_folder(config)
-        setup = make_setup(config)
-        check_setup(setup)
-        return setup
-
-    setup = on_each(check)
-    config = setup.config
-
-    def create() -> str:
-        folder, _ = run_folder.create_run_folder(config)
-        save_model_files(setup, folder / run_folder.MODEL)
-        return str(folder)
-
-    folder = Path(on_first(create))  # its name has the time in it, by one clock
-    on_each(lambda: run_folder.load_run_config(folder))
-    named = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
-    return folder, dataclasses.replace(setup, config=named)
-
-
-def reopen_run(
-    name: str | None,
-    overrides: dict[str, Any],
-    rewards: Sequence[Reward | str] | None,
-    display: ProgressDisplay,
-) -> tuple[Path, Setup, dict[str, tuple[Any, Any]]]:
-    """A run to go on with, and what `run_folder.changes` finds: checked before anything in its
-    folder changes."""
-    run_dir = overrides.get("run.dir") or on_first(lambda: str(run_folder.newest_run(name)))
-    folder, setup, changes = on_each(lambda: _check_reopened(name, overrides, run_dir, rewards))
-    config = setup.config
-    if name is not None and (drift := run_folder.drifted_fields(name, config)):
-        display.say(f"note: the run's own config holds, {name} differs in {', '.join(drift)}")
-
-    def write() -> None:
-        run_folder.write_text(folder / run_folder.CONFIG, dump_config(config))
-        if run_folder.model_files(folder) is None:  # it was ended before it had them
-            save_model_files(setup, folder / run_folder.MODEL)
-
-    on_first(write)
-    return folder, setup, changes
-
-
-def _check_reopened(
-    name: str | None,
-    overrides: dict[str, Any],
-    run_dir: str,
-    rewards: Sequence[Reward | str] | None,
-) -> tuple[Path, Setup, dict[str, tuple[Any, Any]]]:
-    folder, config = run_folder.reopen_run_folder(name, overrides, run_dir)
-    changes = run_folder.changes(run_folder.load_run_config(folder), config)
-    changes.pop("run.dir", None)  # it may be moved, and is said anyway
-    _check_rewards(folder, choose_rewards(config, rewards))
-    if config.lora.rank:
-        config = pin_checkpoint(config)
-    setup = make_setup(config, run_folder.model_files(folder))
-    check_setup(setup, weights=setup.architecture.lora is not None)
-    _check_data(folder, setup.task)
-    return folder, setup, changes
-
-
-def open_checkpoints(
-    folder: Path, setup: Setup, display: ProgressDisplay, *, resume: bool
-) -> Checkpoints:
-    """Those of a run, to be written. Raises UserError where a new run would write among others'."""
-    config = setup.config.checkpoint
-    where = run_folder.checkpoints_folder(folder, setup.config)
-    if not resume and children(where):
-        raise UserError(f"checkpoint.dir: {where} is not empty; name another folder")
-    keep = Keep(
-        config.keep_last,
-        config.keep_every,
-        config.keep_best,
-        config.best_metric or f"eval/{setup.task.name}/avg_at_k",
-    )
-    model = folder / run_folder.MODEL
-    origin = {
-        "config": run_folder.fixed_fields(setup.config),
-        "data": data_fingerprint(setup.task),
-        "tokenizer": {
-            path.name: f"{checksum(epath.Path(path))[1]:08x}" for path in sorted(model.iterdir())
-        },
-    }
-    return Checkpoints(where, keep, origin=origin, say=display.say)
-
-
-def check_mesh(setup: Setup, position: Position) -> None:
-    """Raises UserError where a run goes on on another mesh, and may not."""
-    before, now = position.running.get(MESH), describe_mesh(setup.mesh)
-    if setup.config.rollout.partial and before not in (None, now):
-        raise UserError(
-            f"mesh: the run was on {before}, which decides how far rollout.partial comes in a "
-            f"step, and cannot go on on {now}; set mesh.data, mesh.fsdp and mesh.tensor as before"
-        )
-
-
-def choose_rewards(
-    config: Config, rewards: Sequence[Reward | str] | None
-) -> Sequence[Reward | str]:
-    """Those that a caller gives, or else those that the config names.
-
-    Raises UserError where there are both, where the config's cannot be loaded, or for a name that
-    the metrics have already.
-    """
-    if rewards is None:
-        rewards = as_rewards(load_rewards(config.task.rewards))
-    elif config.task.rewards is not None:
-        raise UserError("rewards: task.rewards names some, too; leave out one of the two")
-    names = [reward.name for reward in rewards if isinstance(reward, Reward)]
-    if config.task.overlong_buffer is not None and OVERLONG in names:
-        raise UserError(f"rewards: {OVERLONG!r} is the punishment's own name; choose another")
-    return rewards
-
-
-def check_profile(profile: tuple[int, int] | None, config: Config) -> None:
-    """Raises UserError for steps that the run does not have."""
-    if profile is not None and profile[0] > config.rl.steps:
-        raise UserError(f"--profile: starts at {profile[0]}, but rl.steps is {config.rl.steps}")
-
-
-def data_fingerprint(task: Task) -> dict[str, str]:
-    """What the stream of problems depends on beside the config; empty where it reads no file."""
-    return {
-        f"{name}: {what}": value
-        for name, part in files_of(task).items()
-        for what, value in part.fingerprint().items()
-    }
-
-
-def _check_data(folder: Path, task: Task) -> None:
-    """A resumed run goes on with the data it was started with.
-
-    Raises UserError where they are others by now.
-    """
-    path = folder / run_folder.SUMMARY
-    if not path.is_file():
-        return
-    before = json.loads(path.read_text(encoding="utf-8")).get("data")
-    if before is None:
-        return
-    now = data_fingerprint(task)
-    changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
-    if changed:
-        raise UserError(
-            f"data: {', '.join(changed)} is not what the run was started with; bring that back, or "
-            "start a new run"
-        )
-
-
 def _size(folder: epath.Path) -> int:
     """Bytes below a folder; -1 where files come and go."""
     try:
         return sum(path.stat().length for _, path in files_under(folder))
     except OSError:
         return -1
-
-
-def _reward_names(rewards: Sequence[Reward | str]) -> list[str]:
-    """Names and weights, as they are kept with the run."""
-    return [r if isinstance(r, str) else f"{r.weight:g} * {r.name}" for r in rewards]
-
-
-def _check_rewards(folder: Path, rewards: Sequence[Reward | str]) -> None:
-    """A resumed run maximises what it was started with."""
-    path = folder / run_folder.SUMMARY
-    if not path.is_file():
-        return
-    before = json.loads(path.read_text(encoding="utf-8")).get("rewards", ["task"])
-    now = _reward_names(rewards)
-    if before != now:
-        raise UserError(
-            f"rewards: the run was started with {before} and cannot go on with {now}; "
-            "resume it from Python with the same rewards"
-        )
