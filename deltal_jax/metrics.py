@@ -1,5 +1,6 @@
 """Metrics to a JSON-lines file and TensorBoard events."""
 
+import contextlib
 import json
 import math
 import os
@@ -78,7 +79,8 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and close both."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # `write` has raised it, of the same bytes
+                self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 

@@ -74,7 +74,8 @@ def test_each_batch_is_of_the_parameters_of_one_update_ago(options):
             if step == 1:
                 time.sleep(0.5)  # the thread may well be done before
             params = donated(params)
-        assert batches.saved().keys() <= {"carried"}  # the last step began none
+        # The last step began none: what the one after it would be sampled by.
+        assert batches.saved().keys() - {"carried"} == {"behind"}
     assert sampling_threads() == threads
     for batch, want in zip(found, in_turn(shared), strict=True):
         same(batch, want)
@@ -99,6 +100,20 @@ def test_what_is_saved_goes_on_elsewhere():
     want = in_turn({})
     same(third, want[2])
     same(fourth, want[3])
+    assert third.metrics["rollout/staleness"] == 2
+
+
+def test_a_run_goes_on_with_more_steps_as_if_it_had_had_them_from_the_start():
+    opened, params = batches_of({"rl.steps": 2})
+    with opened as batches:
+        for step in range(2):
+            batches.next(params, step)
+            params = donated(params)
+        rollouts, next_prompt = batches.saved(), batches.next_prompt
+    opened, _ = batches_of({}, rollouts=rollouts, next_prompt=next_prompt)
+    with opened as batches:
+        third = batches.next(params, 2)
+    same(third, in_turn({})[2])
     assert third.metrics["rollout/staleness"] == 2
 
 

@@ -18,3 +18,10 @@ def test_runs_of_one_experiment_share_their_programs_and_no_other_run_has_them(t
     assert not any(a is b for a, b in zip(first, other, strict=True))
     rate = programs(rl__optimizer__learning_rate=0.5)
     assert rate[0] is first[0] and rate[2] is not first[2]
+
+
+def test_a_mixture_has_updates_too():
+    """Though its config has a dictionary, which no cache takes as a key."""
+    fields = {"task.name": "mixture", "task.mixture": {"countdown": 3, "paths": 1}}
+    setup = make_setup(load_config("countdown-tiny", fields))
+    assert make_update(setup, "rl") is make_update(setup, "rl")

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from deltal_jax import train
+from deltal_jax.checkpoints.reader import SavedSteps
 from deltal_jax.cli.main import main
 from deltal_jax.guard import pulse, signals
 from deltal_jax.metrics import load_metrics
+from deltal_jax.training.run_folder import CHECKPOINTS
 from deltal_jax.training.trained import load_trained
 
 #: Two layers less than any experiment; one shape of rows.
@@ -148,6 +150,8 @@ def test_a_run_stopped_in_every_phase_ends_as_one_that_nobody_stopped(
     ended = train(None, {"run.dir": str(found), "run.report": True}, resume=True)
     assert ended.status == "done" and ended.report.is_file() and not left
     compare(found, whole)
+    # The evaluation that the resumed run did is among the figures that the best are chosen by.
+    assert SavedSteps(found / CHECKPOINTS).manifest(13).metrics
     changes = json.loads((found / "summary.json").read_text())["changes"]
     grace = [x for x in changes if x["field"] == "run.grace_seconds"]
     assert [(x["step"], x["before"], x["after"]) for x in grace] == [

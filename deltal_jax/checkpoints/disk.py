@@ -15,6 +15,18 @@ def is_local(path: epath.Path) -> bool:
     return "://" not in os.fspath(path)
 
 
+def is_there(path: epath.Path) -> bool:
+    """Whether there is such a file. Raises OSError where that cannot be known: `exists` says no
+    then, and what a sick disk hides would be taken for debris."""
+    if not is_local(path):
+        return path.exists()
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def children(folder: epath.Path) -> list[epath.Path]:
     """What is in a folder, by name; nothing where there is none, as an empty one in an object
     store."""
@@ -77,15 +89,20 @@ def sync_folders(folder: epath.Path) -> None:
             sync(epath.Path(path))
 
 
+def unfinished(name: str) -> str:
+    """What a file is called as long as `replace` writes it."""
+    return f".{name}.tmp"
+
+
 def replace(path: epath.Path, content: bytes, almost: Callable[[], None]) -> None:
     """Write a file that is whole or not there; calls `almost` right before it is."""
     if not is_local(path):  # an object is there when it is whole
         almost()
         path.write_bytes(content)
         return
-    temporary = path.parent / f".{path.name}.tmp"
+    temporary = path.parent / unfinished(path.name)
     temporary.write_bytes(content)
     sync(temporary)
     almost()
-    temporary.rename(path)
+    temporary.replace(path)
     sync(path.parent)

@@ -10,7 +10,15 @@ from typing import Any
 
 from etils import epath
 
-from deltal_jax.checkpoints.disk import checksum, files_under, replace, sync, sync_folders
+from deltal_jax.checkpoints.disk import (
+    checksum,
+    files_under,
+    is_there,
+    replace,
+    sync,
+    sync_folders,
+    unfinished,
+)
 from deltal_jax.guard.failpoints import fail_point
 
 NAME = "manifest.json"
@@ -103,7 +111,7 @@ def write_manifest(step: epath.Path, manifest: Manifest) -> None:
 
 def exists(step: epath.Path) -> bool:
     """Whether it is a checkpoint, and not one that is being saved or deleted, or was."""
-    return (step / NAME).exists()
+    return is_there(step / NAME)
 
 
 def read_manifest(step: epath.Path) -> Manifest:
@@ -120,7 +128,8 @@ def check_files(step: epath.Path, manifest: Manifest, *, contents: bool) -> None
     Raises Damaged, which names the first that differs and how.
     """
     try:
-        found = {name: path for name, path in files_under(step) if name != NAME}
+        ours = NAME, unfinished(NAME)  # the latter of one that was to be replaced
+        found = {name: path for name, path in files_under(step) if name not in ours}
         _check_names(found, manifest.files)
         for name, path in found.items():
             _check_size(name, path.stat().length, manifest.files[name][0])

@@ -82,6 +82,8 @@ class SavedSteps:
             what = self.damage(number) or usable(self._whole[number])
             if what is None:
                 return number, damaged
+            if not exists(self.path(number)):  # deleted meanwhile by its run, which has newer ones
+                return self.newest_intact(usable)
             damaged[number] = what
         if damaged:
             said = "; ".join(f"{number}: {what}" for number, what in list(damaged.items())[:3])
@@ -95,6 +97,8 @@ class SavedSteps:
     def manifest(self, number: int) -> Manifest:
         """That of one which is intact. Raises UserError for any other."""
         if number not in self._whole and (what := self.damage(number)):
+            if not exists(self.path(number)):
+                raise UserError(self._gone(number))
             raise UserError(f"checkpoint {number} in {self.folder} is damaged: {what}; use another")
         return self._whole[number]
 
@@ -106,7 +110,7 @@ class SavedSteps:
         """The arrays that were saved beside the state; empty where there were none."""
         if not any(name.startswith(f"{ROLLOUTS}/") for name in self.manifest(number).files):
             return {}
-        return _restore(self.path(number) / ROLLOUTS, None)
+        return self._restore(number, ROLLOUTS, None)
 
     def read_state(self, number: int, abstract: TrainState) -> TrainState:
         """The state, in the shapes, types and shardings of `abstract`, which need not be those that
@@ -116,8 +120,26 @@ class SavedSteps:
         """
         wanted = tree_of(abstract)
         self._check_same(number, shapes_of(wanted))
-        restored = _restore(self.path(number) / STATE, wanted)
+        restored = self._restore(number, STATE, wanted)
         return dataclasses.replace(abstract, **restored)
+
+    def _restore(self, number: int, item: str, target: Any) -> Any:
+        handler = ocp.StandardCheckpointHandler()
+        try:
+            with contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
+                return checkpointer.restore(
+                    self.path(number) / item, args=ocp.args.StandardRestore(target)
+                )
+        except Exception as error:
+            if exists(self.path(number)):
+                raise
+            raise UserError(self._gone(number)) from error
+
+    def _gone(self, number: int) -> str:
+        return (
+            f"checkpoint {number} in {self.folder}: there is none; a run that goes on deletes old "
+            "ones, and `checkpoint` in its config says which stay"
+        )
 
     def _check_same(self, number: int, wanted: dict[str, str]) -> None:
         """Compare names, shapes and types first: Orbax would cast a wrong type in silence."""
@@ -152,8 +174,3 @@ def shapes_of(tree: dict[str, Any]) -> dict[str, str]:
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
-
-
-def _restore(item: epath.Path, target: Any) -> Any:
-    with contextlib.closing(ocp.Checkpointer(ocp.StandardCheckpointHandler())) as checkpointer:
-        return checkpointer.restore(item, args=ocp.args.StandardRestore(target))

@@ -16,11 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from deltal_jax.checkpoints.disk import children, files_under, is_local, sync
 from deltal_jax.checkpoints.manifest import (
@@ -45,6 +42,7 @@ from deltal_jax.checkpoints.retention import Keep, Saved, best, kept
 from deltal_jax.checkpoints.snapshot import Snapshot
 from deltal_jax.errors import UserError
 from deltal_jax.guard.failpoints import fail_point
+from deltal_jax.parallel.processes import is_first, on_first
 from deltal_jax.types import TrainState
 
 #: In the name of what Orbax has not finished.
@@ -53,8 +51,6 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 ASIDE = ".damaged"
 #: Of checkpoints from before there were manifests: where they kept what is no array.
 OLD_ITEM = "meta"
-#: Bytes of what one process tells the others.
-TOLD = 8192
 
 
 class SaveError(RuntimeError):
@@ -86,10 +82,7 @@ class Checkpoints(SavedSteps):
         self._thread: threading.Thread | None = None
         self._failed: tuple[int, BaseException] | None = None
         self._doomed: dict[int, Saved] = {}  # those that the save under way deletes
-        if jax.process_index() == 0:
-            for number in self._clean():
-                say(f"checkpoint {number} was never complete: removed what there was of it")
-        _meet("checkpoints are open")
+        on_first(self._sweep)
         self._saved = {number: _judged(manifest) for number, manifest in self._readable()}
 
     def save(
@@ -115,8 +108,7 @@ class Checkpoints(SavedSteps):
         if number in self._saved:
             return
         tree = tree_of(state)
-        finite = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
-        draft = Manifest(position, 0.0, finite, self._origin, shapes_of(tree), {})
+        draft = Manifest(position, 0.0, _finite(metrics or {}), self._origin, shapes_of(tree), {})
         items: dict[str, Any] = {STATE: ocp.args.PyTreeSave(self._snapshot.take(tree))}
         if rollouts:
             items[ROLLOUTS] = ocp.args.StandardSave(rollouts)
@@ -135,6 +127,17 @@ class Checkpoints(SavedSteps):
             target=self._finish, args=(number, draft, before), name="checkpoint"
         )
         self._thread.start()
+
+    def add_metrics(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Keep with a checkpoint what an evaluation of its state found only later.
+
+        Raises OSError where it cannot be written; the checkpoint is then as it was.
+        """
+        self.wait()
+        manifest = dataclasses.replace(self.manifest(number), metrics=_finite(metrics))
+        if is_first():
+            write_manifest(self.path(number), manifest)
+        self._whole[number], self._saved[number] = manifest, _judged(manifest)
 
     def wait(self) -> None:
         """Until the save under way is complete. Raises SaveError where it failed."""
@@ -190,22 +193,13 @@ class Checkpoints(SavedSteps):
 
         Raises UserError where none is intact, or where it is of another run.
         """
-        told: dict[str, Any] = {}
-        if jax.process_index() == 0:
-            try:
-                told = self._choose(metrics_bytes)
-            except UserError as error:
-                told = {"error": str(error)}
-        told = _tell(told)
-        if "error" in told:
-            raise UserError(told["error"])
-        number = told["number"]
+        number = on_first(lambda: self._choose(metrics_bytes))
         self._saved = {n: _judged(manifest) for n, manifest in self._readable()}
         if number is not None and number not in self._whole:  # another process has verified it
             self._whole[number] = read_manifest(self.path(number))
         return number
 
-    def _choose(self, metrics_bytes: int) -> dict[str, Any]:
+    def _choose(self, metrics_bytes: int) -> int | None:
         def lacking(manifest: Manifest) -> str | None:
             wanted = manifest.position.metrics_bytes
             if metrics_bytes >= wanted:
@@ -219,7 +213,7 @@ class Checkpoints(SavedSteps):
             name = _unused(self.folder / f"{other}{ASIDE}")
             self.path(other).rename(name)
             self._say(f"checkpoint {other} is damaged: {what}; set aside as {name.name}")
-        return {"number": number}
+        return number
 
     def _check_origin(self, number: int) -> None:
         """Raises UserError where a fact of the run was another one."""
@@ -238,7 +232,7 @@ class Checkpoints(SavedSteps):
         try:
             assert self._manager is not None
             self._manager.wait_until_finished()  # for all processes
-            if jax.process_index() == 0:
+            if is_first():
                 before()
                 files = list_files(self.path(number))
                 fail_point("save.commit")
@@ -247,7 +241,7 @@ class Checkpoints(SavedSteps):
         except BaseException as error:
             self._fail(number, error)
             return
-        if jax.process_index() == 0:
+        if is_first():
             for old in sorted(self._doomed):
                 with contextlib.suppress(OSError):  # the next to open them tries again
                     self._delete(old)
@@ -278,9 +272,13 @@ class Checkpoints(SavedSteps):
 
     def _tidy(self) -> None:
         """Remove what failed saves left; threads of Orbax may still write for a moment."""
-        if jax.process_index() == 0:
+        if is_first():
             with contextlib.suppress(UserError):
                 self._clean()
+
+    def _sweep(self) -> None:
+        for number in self._clean():
+            self._say(f"checkpoint {number} was never complete: removed what there was of it")
 
     def _clean(self) -> list[str]:
         """Remove what is no checkpoint; the numbers that it would have had."""
@@ -347,6 +345,10 @@ def _judged(manifest: Manifest) -> Saved:
     return Saved(position.step if position.phase == "rl" else None, manifest.metrics)
 
 
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+
+
 def _reason(error: BaseException) -> str:
     """The cause in a line."""
     if isinstance(error, OSError) and error.strerror:
@@ -362,20 +364,3 @@ def _unused(path: epath.Path) -> epath.Path:
     while candidate.exists():
         candidate, number = path.parent / f"{path.name}-{number}", number + 1
     return candidate
-
-
-def _meet(where: str) -> None:
-    """Wait for all processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
-
-
-def _tell(words: dict[str, Any]) -> dict[str, Any]:
-    """What process 0 has, in all of them."""
-    if jax.process_count() == 1:
-        return words
-    text = np.zeros(TOLD, np.uint8)
-    said = json.dumps(words).encode()[:TOLD]
-    text[: len(said)] = np.frombuffer(said, np.uint8)
-    heard = np.asarray(multihost_utils.broadcast_one_to_all(text))
-    return json.loads(heard.tobytes().rstrip(b"\0"))

@@ -30,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     saved = SavedSteps(run_folder.checkpoints_folder(arguments.run, config))
     metric = config.checkpoint.best_metric or f"eval/{config.task.name}/avg_at_k"
     rows = {number: _row(saved, number, metric, arguments.verify) for number in saved.all()}
+    left = saved.all()  # a run that goes on deletes old ones
+    rows = {number: row for number, row in rows.items() if number in left}
     damaged = any(row["damage"] for row in rows.values())
     if arguments.json:
         print(json.dumps(rows))

@@ -14,14 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
-
 from deltal_jax.checkpoints.manifest import Position
 from deltal_jax.checkpoints.reader import SavedSteps
 from deltal_jax.checkpoints.store import Checkpoints
 from deltal_jax.config import dump_config, load_config
 from deltal_jax.errors import UserError
+from deltal_jax.parallel.processes import is_first, on_first
 from deltal_jax.training import run_folder
 from deltal_jax.training.collect import Collected, arrays_of, load_collected
 from deltal_jax.training.setup import Setup, make_setup, save_model_files
@@ -72,13 +70,14 @@ def save_dump(
     folder: Path, setup: Setup, state: TrainState, batch: Collected, record: Record
 ) -> None:
     """Write a dump; one that is there already, of a time before a resume, is replaced."""
-    if jax.process_index() == 0:
+
+    def begin() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         run_folder.write_text(folder / run_folder.CONFIG, dump_config(setup.config))
         save_model_files(setup, folder / run_folder.MODEL)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(str(folder))
+
+    on_first(begin)
     with contextlib.closing(Checkpoints(folder / run_folder.CHECKPOINTS, 1)) as checkpoints:
         position = Position("rl", record.step - 1, 0, 0)
         checkpoints.save(record.step, state, position, {"batch": arrays_of(batch)})
@@ -96,7 +95,7 @@ def save_record(folder: Path, record: Record) -> None:
         ],
         "metrics": record.metrics,
     }
-    if jax.process_index() == 0:
+    if is_first():
         run_folder.write_text(folder / RECORD, json.dumps(plain) + "\n")
 
 

@@ -1,5 +1,6 @@
 """What a run does about a step that goes wrong: leaves updates out, keeps them, warns, stops."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 
 from deltal_jax.guard.dumps import DUMPS, Record, save_dump, save_record
 from deltal_jax.guard.health import judge, must_stop
+from deltal_jax.parallel.processes import agree
 from deltal_jax.training.collect import Collected
 from deltal_jax.training.run import Run
 from deltal_jax.training.step import UpdateReport
@@ -69,16 +71,20 @@ class StepWatch:
         assert self._batch is not None
         folder = self._run.folder / DUMPS / f"step-{self._step:06d}-update-{first + 1}"
         record = Record(self._step, first, self._reports)
+        failure: Exception | None = None
         try:
             save_dump(folder, self._run.setup, state, self._batch, record)
         except (OSError, ValueError, RuntimeError) as error:  # no room on disk, or in memory
-            return f"; not kept for replay: {error}"
+            failure = error
+        if agree(failure is not None):
+            return f"; not kept for replay: {failure or 'another process could not'}"
         self._dumps[folder] = first
         return f"; see it with: deltal debug replay {folder}"
 
     def _record(self, metrics: dict[str, Any] | None) -> None:
         for folder, first in self._dumps.items():
-            save_record(folder, Record(self._step, first, self._reports, metrics))
+            with contextlib.suppress(OSError):  # the record that is there is of fewer updates
+                save_record(folder, Record(self._step, first, self._reports, metrics))
 
 
 def finite_updates(

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax._src.distributed import global_state  # the only way to a barrier with a time limit
-from jax.experimental.multihost_utils import process_allgather
-from jaxtyping import Bool, Int
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
+from jaxtyping import Bool, Int, UInt8
 
 from deltal_jax.errors import UserError
 
@@ -50,10 +50,9 @@ def gather(value: Any) -> list[Any]:
     """The values of all processes, in their order; plain JSON, numbers as they are."""
     if jax.process_count() == 1:
         return [value]
-    sent = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sent = _encoded(value)
     sizes = process_allgather(np.asarray(len(sent), np.int32)).reshape(-1)
-    room = max(LEAST_BYTES, 1 << (int(sizes.max()) - 1).bit_length())
-    found = process_allgather(np.pad(sent, (0, room - len(sent))))
+    found = process_allgather(np.pad(sent, (0, _room(sizes.max()) - len(sent))))
     pairs = zip(found, sizes, strict=True)
     return [json.loads(row[:size].tobytes()) for row, size in pairs]
 
@@ -78,8 +77,22 @@ def on_each(function: Callable[[], T]) -> T:
 
 def on_first(function: Callable[[], T]) -> T:
     """`function()` of process 0 alone, whose result, plain JSON, all get. Raises as `on_each`."""
-    found = on_each(lambda: function() if is_first() else None)
-    return gather(found)[0]
+    found: Any = on_each(lambda: function() if is_first() else None)
+    if jax.process_count() == 1:
+        return found
+    sent = _encoded(found)  # what others send is not heard, and no longer than "null"
+    size = int(broadcast_one_to_all(np.asarray(len(sent), np.int32)))
+    heard = broadcast_one_to_all(np.pad(sent, (0, _room(size) - len(sent))))
+    return json.loads(np.asarray(heard)[:size].tobytes())
+
+
+def _encoded(value: Any) -> UInt8[np.ndarray, " n"]:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def _room(size: int) -> int:
+    """The next power of two."""
+    return max(LEAST_BYTES, 1 << (int(size) - 1).bit_length())
 
 
 def own_share(numbers: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:

@@ -79,6 +79,8 @@ class Ahead:
         self._before = behind
         #: Those of the batch that is being sampled, or failed, and how many updates old they are.
         self._behind: tuple[Any, int] | None = None
+        #: Those of before the last step, as they are saved.
+        self._left: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
         self._pending: Future[Collected] | None = None
         self._began = self._ended = time.perf_counter()  # the last period; the last rollout
@@ -117,16 +119,19 @@ class Ahead:
         self._began, self._waited, self._pending = now, 0.0, None
         if step + 1 < self._steps:
             self._submit(params, step + 1, staleness=self._updates)
+        else:  # for a run that goes on with more steps
+            self._left = _save_behind(params)
         return dataclasses.replace(batch, metrics=batch.metrics | idle)
 
     def saved(self) -> dict[str, Any]:
         """Arrays that a checkpoint needs beside `next_prompt`: the batch that comes next, and what
-        it leaves to those after it. Of a batch that failed or was given up, what it is sampled anew
-        by: the parameters of one step ago."""
+        it leaves to those after it. Of a batch that failed or was given up, and after the last step
+        of the first that it does not have, what it is sampled by: the parameters of one step
+        ago."""
         batch = self._settled()
         if batch is not None:
             return {"pending": arrays_of(batch)} | self._stream.saved()
-        behind = {}
+        behind = self._left
         if self._behind is not None and self._behind[1]:
             behind = _save_behind(self._behind[0])
         return behind | self._stream.saved()
@@ -179,7 +184,7 @@ def _save_behind(params: Any) -> dict[str, Any]:
     leaves = jax.tree.leaves(trained(params))
     if not all(leaf.is_fully_addressable for leaf in leaves):
         return {}
-    return {"behind": {str(number): np.asarray(leaf) for number, leaf in enumerate(leaves)}}
+    return {"behind": {str(number): np.array(leaf) for number, leaf in enumerate(leaves)}}
 
 
 def _load_behind(saved: dict[str, Any], params: Any) -> Any:

@@ -49,6 +49,6 @@ class VerdictJournal:
 
     def drop(self, step: int) -> None:
         """Forget the steps before this one, which no resume repeats any more."""
-        for path in self.folder.glob("*"):
+        for path in self.folder.glob("*-[0-9]*-*"):  # and what a killed one left of such a file
             if int(path.name.split("-")[1]) < step:
                 path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """The training run, top to bottom: warm-up, then rollout → rewards → weights → update, again and
 again."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from deltal_jax.analysis.accuracy import monotonicity
 from deltal_jax.analysis.report import write_report
 from deltal_jax.backend import enable_compile_cache
 from deltal_jax.checkpoints.manifest import Position
+from deltal_jax.checkpoints.store import SaveError
 from deltal_jax.errors import UserError
 from deltal_jax.guard import signals, supervise
 from deltal_jax.guard.pulse import phase
@@ -37,6 +39,7 @@ from deltal_jax.training.opening import (
     check_profile,
     choose_rewards,
     create_run,
+    keep_config,
     open_checkpoints,
     reopen_run,
 )
@@ -140,6 +143,8 @@ def _train(
     newest = checkpoints.choose(metrics_size(folder)) if resume else None
     position = Position("sft", 0, 0, 0) if newest is None else checkpoints.read_position(newest)
     check_mesh(setup, position)
+    if resume and newest is None:
+        display.say(f"no checkpoint yet in {checkpoints.folder}: the run begins anew")
     writer = MetricsWriter(
         folder if is_first() else None,
         keep_bytes=position.metrics_bytes,
@@ -152,6 +157,8 @@ def _train(
     run = Run(folder, setup, wanted, writer, checkpoints, display, profile, stop, journal, running)
     stop.grace, stop.kept = config.run.grace_seconds, run.kept
     supervise.tell(str(checkpoints.folder), run.resume_command())
+    if resume:
+        keep_config(folder, setup)
     run.announce(newest, position, changes)
     try:
         with ending_together(), run.watched():
@@ -161,7 +168,8 @@ def _train(
     finally:
         display.stop()
         close(setup.task)
-        checkpoints.close()
+        with contextlib.suppress(SaveError):  # `settle` says it, or the run has failed before
+            checkpoints.close()
         writer.close()
     return _finish(run, step, status, time.monotonic() - started)
 
@@ -185,9 +193,10 @@ def _run_phases(run: Run, newest: int | None, position: Position) -> tuple[int, 
             reference = config.objective.kl_coefficient > 0
             state = policy.init(state.params, state.key, reference=reference, donate=True)
             run.evaluate(evaluator, state, 0)
+            run.improved(0)  # refuses a metric that no evaluation has before any step
             run.save(state, "rl", 0)
         elif run.running.get(OWED):
-            run.evaluate(evaluator, state, step)
+            run.evaluate_saved(evaluator, state, step)
         if run.stop.asked():
             raise _Interrupted(step)
         rollouts = {} if newest is None else run.checkpoints.read_rollouts(newest)
@@ -235,7 +244,8 @@ def _warm_up(run: Run, update: Update, state: TrainState, done: int) -> TrainSta
             "throughput/tokens_per_s": tokens / seconds,
             "time/update": seconds,
         }
-        run.writer.write(step, "sft", line)
+        with run.writing("warm-up", step):
+            run.writer.write(step, "sft", line)
         shown = {"loss": line["sft/loss"], "tokens/s": line["throughput/tokens_per_s"]}
         run.display.update(step, shown)
         if stops and step < config.steps:
@@ -279,7 +289,8 @@ def _reinforce(
             "throughput/tokens_per_s": float(batch.rollout.response_lengths.sum()) / seconds,
             "time/checkpoint": saving,
         }
-        run.writer.write(step, "rl", metrics)
+        with run.writing("RL", step):
+            run.writer.write(step, "rl", metrics)
         must_stop = watch.finish(metrics)
         if config.evaluate.every and step % config.evaluate.every == 0:
             accuracy = run.evaluate(evaluator, state, step)
@@ -320,8 +331,9 @@ def _finish(run: Run, step: int, status: str, seconds: float) -> TrainResult:
         by = "a signal" if stop.asked_by is None else stop.asked_by.name
         run.display.say(f"stopped by {by} in {stop.where}: {stop.kept()[0]}")
     prefix = f"eval/{run.setup.task.name}/"
-    lines = on_first(lambda: load_metrics(run.folder / FILE_NAME))
-    evaluations = [line for line in lines if line["phase"] == "eval"]
+    evaluations = on_first(
+        lambda: [x for x in load_metrics(run.folder / FILE_NAME) if x["phase"] == "eval"]
+    )
     figures = [
         {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
         | {"step": line["step"]}

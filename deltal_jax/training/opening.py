@@ -8,12 +8,13 @@ from typing import Any
 
 from etils import epath
 
-from deltal_jax.checkpoints.disk import checksum, children
+from deltal_jax.checkpoints.disk import checksum, children, is_local
 from deltal_jax.checkpoints.manifest import Position
 from deltal_jax.checkpoints.retention import Keep
 from deltal_jax.checkpoints.store import Checkpoints
 from deltal_jax.config import Config, dump_config, load_config
 from deltal_jax.errors import UserError
+from deltal_jax.metrics import metrics_size
 from deltal_jax.parallel.mesh import describe_mesh
 from deltal_jax.parallel.processes import is_first, on_each, on_first
 from deltal_jax.progress import ProgressDisplay
@@ -83,13 +84,17 @@ def reopen_run(
     if name is not None and (drift := run_folder.drifted_fields(name, config)):
         display.say(f"note: the run's own config holds, {name} differs in {', '.join(drift)}")
 
-    def write() -> None:
-        run_folder.write_text(folder / run_folder.CONFIG, dump_config(config))
+    def complete() -> None:
         if run_folder.model_files(folder) is None:  # it was ended before it had them
             save_model_files(setup, folder / run_folder.MODEL)
 
-    on_first(write)
+    on_first(complete)
     return folder, setup, changes
+
+
+def keep_config(folder: Path, setup: Setup) -> None:
+    """Have the folder of a run that goes on say how, once nothing refuses that any more."""
+    on_first(lambda: run_folder.write_text(folder / run_folder.CONFIG, dump_config(setup.config)))
 
 
 def _check_reopened(
@@ -118,6 +123,11 @@ def open_checkpoints(
     where = run_folder.checkpoints_folder(folder, setup.config)
     if not resume and children(where):
         raise UserError(f"checkpoint.dir: {where} is not empty; name another folder")
+    if resume and is_local(where) and not where.exists() and metrics_size(folder):
+        raise UserError(
+            f"checkpoint.dir: {where} is gone, and the run went on from there; bring it back (is "
+            "it mounted?), or start a new run"
+        )
     keep = Keep(
         config.keep_last,
         config.keep_every,

@@ -105,6 +105,14 @@ class Run:
             raise self.stopped({"sft": "warm-up", "rl": "RL"}[phase], step, error) from error
         return time.perf_counter() - started
 
+    @contextmanager
+    def writing(self, phase: str, step: int) -> Iterator[None]:
+        """Raises TrainingError where what is written in here has no room, or no disk."""
+        try:
+            yield
+        except OSError as error:
+            raise self.stopped(phase, step, f"{self.folder}: {error.strerror or error}") from error
+
     def settle(self, step: int) -> None:
         """Wait for the last checkpoint. Raises TrainingError where it could not be saved."""
         try:
@@ -117,6 +125,14 @@ class Run:
         those to be kept."""
         found = self._found(step)
         return bool(found) and self.checkpoints.among_best(found)
+
+    def evaluate_saved(self, engine: RolloutEngine, state: TrainState, step: int) -> None:
+        """The evaluation that a signal left to the resumed run: it goes with the checkpoint after
+        that RL step, which may be one of the best."""
+        self.evaluate(engine, state, step)
+        if found := self._found(step):
+            with self.writing("RL", step):
+                self.checkpoints.add_metrics(step + self.setup.config.sft.steps, found)
 
     def _found(self, step: int) -> dict[str, float]:
         """What an evaluation after this RL step found; empty where there was none."""
@@ -137,11 +153,13 @@ class Run:
             return float("nan")
         del self.running[OWED]
         seconds = {"time/evaluate": time.perf_counter() - clock}
-        self.writer.write(step, "eval", result.metrics | seconds)
         self.evaluated = step, result.metrics
         config = self.setup.config.evaluate
-        if is_first():
-            write_samples(self.folder / run_folder.SAMPLES, samples_name(step), result, config.rows)
+        with self.writing("RL", step):
+            self.writer.write(step, "eval", result.metrics | seconds)
+            if is_first():
+                folder = self.folder / run_folder.SAMPLES
+                write_samples(folder, samples_name(step), result, config.rows)
         prefix = f"eval/{self.setup.task.name}/"
         found = {k.removeprefix(prefix): v for k, v in result.metrics.items()}
         missing = found["missing_frac"]

@@ -112,9 +112,7 @@ def changes(stored: Config, config: Config) -> dict[str, tuple[Any, Any]]:
         fixed.append("model.path")
     if stored.rollout.partial:  # how far a response comes in a step depends on them
         fixed += ["rollout.slots", "rollout.devices"]
-    free = []
-    if not stored.rollout.fill_up:  # a run that stopped for want of groups has no other way on
-        free += ["rollout.fill_up", "rollout.max_rounds"]
+    free = _free(stored)
     found = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
     for key, (old, new) in found.items():
         if key in fixed or not (key in free or _changeable(key)):
@@ -132,9 +130,16 @@ def _changeable(key: str) -> bool:
 _SECTIONS = tuple(name for name in CHANGEABLE if name.endswith("."))
 
 
+def _free(config: Config) -> tuple[str, ...]:
+    """Fields that a run with this config may change beside: one that stopped for want of groups has
+    no other way on."""
+    return () if config.rollout.fill_up else ("rollout.fill_up", "rollout.max_rounds")
+
+
 def fixed_fields(config: Config) -> dict[str, Any]:
     """The fields that a resumed run may not change, by name."""
-    return {name: value for name, value in _flat(config).items() if not _changeable(name)}
+    free = _free(config)
+    return {k: v for k, v in _flat(config).items() if k not in free and not _changeable(k)}
 
 
 def checkpoints_folder(folder: Path, config: Config) -> epath.Path:
@@ -161,9 +166,13 @@ def drifted_fields(name: str, stored: Config) -> list[str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader sees the old text or the new one."""
+    """Replace a file as a whole: a reader sees the old text or the new one, also after a power
+    failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -274,10 +274,11 @@ def abstract_trained(setup: Setup) -> Any:
 
 
 def make_update(setup: Setup, phase: str) -> Update:
-    """The update of the phase "sft" or "rl"; the same object for the same experiment in whatever
-    folder, so that a second run in this process compiles nothing."""
-    config = dataclasses.replace(setup.config, run=Config().run)
-    return _make_update(setup.graphdef, config, phase, setup.mesh)
+    """The update of the phase "sft" or "rl"; the same object where the config says the same of it,
+    so that a second run in this process compiles nothing."""
+    config = setup.config
+    read = Config(sft=config.sft, rl=config.rl, rollout=config.rollout, objective=config.objective)
+    return _make_update(setup.graphdef, read, phase, setup.mesh)
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,0 +1,60 @@
+"""How a run goes on: what is refused changes nothing, and what may change is not refused later."""
+
+import dataclasses
+import shutil
+from contextlib import closing
+
+import pytest
+
+from deltal_jax import train
+from deltal_jax.checkpoints.manifest import Position
+from deltal_jax.checkpoints.store import Checkpoints
+from deltal_jax.config import load_config
+from deltal_jax.errors import UserError
+from deltal_jax.training import run_folder
+from deltal_jax.training.opening import MESH, create_run
+from tests.runs import TINY
+from tests.test_store import state
+
+PARTIAL = {"rollout.partial": True, "rollout.oversampling": 2.0}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """One that was on another mesh when it was saved, with a line of metrics."""
+    folder, _ = create_run(
+        "countdown-tiny", TINY | PARTIAL | {"run.dir": str(tmp_path / "run")}, None, None
+    )
+    (folder / "metrics.jsonl").write_text('{"step": 0, "phase": "eval"}\n')
+    with closing(Checkpoints(folder / run_folder.CHECKPOINTS)) as checkpoints:
+        checkpoints.save(2, state(), Position("rl", 0, 0, 0, {MESH: "data 2: 2 devices"}))
+    return folder
+
+
+def test_a_resume_that_is_refused_changes_nothing_in_the_folder(run):
+    """Otherwise the field that was refused would be the run's own the next time."""
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"^mesh: the run was on data 2: 2 devices, which decides"):
+        train(None, {"run.dir": str(run), "checkpoint.every": 7}, resume=True, quiet=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(run):
+    shutil.rmtree(run / run_folder.CHECKPOINTS)
+    with pytest.raises(
+        UserError, match=r"^checkpoint.dir: .*/checkpoints is gone, and the run has"
+    ):
+        train(None, {"run.dir": str(run)}, resume=True, quiet=True)
+    assert (run / "metrics.jsonl").stat().st_size
+
+
+def test_what_may_change_on_resume_is_not_what_a_checkpoint_refuses():
+    """A run that stopped for want of groups may look longer, or fill up."""
+    options = {"rollout.dynamic_sampling": "reward", "rollout.fill_up": False}
+    stored = load_config("countdown-tiny", options)
+    saved = run_folder.fixed_fields(stored)
+    for changed in ({"max_rounds": 20}, {"fill_up": True}):
+        config = dataclasses.replace(stored, rollout=dataclasses.replace(stored.rollout, **changed))
+        assert list(run_folder.changes(stored, config)) == [f"rollout.{name}" for name in changed]
+        now = run_folder.fixed_fields(config)
+        assert [name for name in saved.keys() & now.keys() if saved[name] != now[name]] == []
