@@ -4,15 +4,15 @@ import functools
 import os
 from pathlib import Path
 
+from tests.processes import QUICK
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling is most of the suite's time, and nearly all of it runs once, on tiny arrays: LLVM need
-# not optimise it. Flags that were set before win, so that one run may test what users run:
+# Compiling is most of the suite's time. Flags that were set before win, so that one run may test
+# what users run:
 # XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true".
 os.environ["XLA_FLAGS"] = " ".join(
     (
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_cpu_parallel_codegen_split_count=1",
+        QUICK,
         "--xla_force_host_platform_device_count=8",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
         os.environ.get("XLA_FLAGS", ""),

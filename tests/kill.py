@@ -5,19 +5,21 @@ end alike.
 
 Processes are forked from this one, which has imported what they need and started no backend: that
 halves what a restart costs. They are killed by SIGKILL, from outside at moments drawn with a seed,
-and by themselves at each fail-point.
+and by themselves at each fail-point. Of two, one is killed or both; who is left has to end by
+itself. Each is what `deltal train` starts as a child: `tests/test_two_hosts.py` has the
+parents.
 """
 
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
 import warnings
@@ -25,18 +27,32 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.processes import HEARTBEAT, QUICK, among, reserved_port
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A process other than the first compiles everything each time: jax keeps what the first compiles.
+os.environ.setdefault("XLA_FLAGS", QUICK)
+
+import jax
 
 import deltal_jax.training.loop  # noqa: F401 imported here once, not in every process
 from deltal_jax.checkpoints.reader import SavedSteps
 from deltal_jax.cli.main import main as deltal
+from deltal_jax.guard import supervise
 from deltal_jax.guard.failpoints import POINTS, VARIABLE
+from deltal_jax.parallel.mesh import start_distributed
 from deltal_jax.training.run_folder import CHECKPOINTS
 from tests.runs import TINY, assert_same, newest_verified
 
 ROOT = Path(__file__).parent.parent
 #: Seconds after which a process that should have ended or died is a failure.
 PATIENCE = 900.0
+#: Likewise where another process has died.
+SURVIVAL = HEARTBEAT + 60.0
+#: What a process says as soon as all have met.
+JOINED = "joined"
+#: How a process ends that has lost another.
+LOST = "lost another"
 #: How often a byte of the newest checkpoint is damaged before a restart.
 FLIPS = 0.1
 #: Lines of metrics that a restart may write before it is killed, and seconds after the last.
@@ -93,8 +109,12 @@ class Soak:
     processes: int
     steps: int
     rng: random.Random
+    port: int  # of process 0
     #: How often a process died, by where: a fail-point, or what a random kill left half done.
     kills: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    #: Processes that ended by themselves when another was killed, and after how many seconds.
+    survivors: int = 0
+    slowest: float = 0.0
     restarts: int = 0  # that went on from the newest complete checkpoint
     job: Job | None = None  # that of the last start
     #: Complete checkpoints that were damaged on purpose, and those that were found damaged.
@@ -148,22 +168,26 @@ def start(soak: Soak, run: Path, *, fail: str = "") -> Job:
     if (run / "config.yaml").is_file():
         items = [f"run.dir={run}", "--resume"]
     job = soak.job = Job([], [])
-    with socket.socket() as port:
-        port.bind(("localhost", 0))
-        address = f"localhost:{port.getsockname()[1]}"
     for number in range(soak.processes):
         environment = {VARIABLE: fail if number == 0 else ""}
         if soak.processes > 1:
-            environment |= {
-                "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": str(soak.processes),
-                "JAX_PROCESS_ID": str(number),
-            }
+            environment |= among(soak.port, soak.processes, number)
+            environment |= {supervise.CHILD: f"-1:{os.getpid()}"}  # nobody reads what it tells
         errors = run.with_name(f"{run.name}.{number}.stderr")
         errors.write_text("")
         job.errors.append(errors)
-        job.pids.append(fork(lambda: deltal(["train", *items]), errors, environment))
+        job.pids.append(fork(functools.partial(train, items), errors, environment))
     return job
+
+
+def train(items: list[str]) -> int:
+    """In a process: the command. One of several says when all have met, and leaves with them."""
+    start_distributed()
+    if jax.distributed.is_initialized():
+        print(JOINED, file=sys.stderr, flush=True)
+    code = deltal(["train", *items])
+    jax.distributed.shutdown()  # as at an ordinary exit
+    return code
 
 
 def expected(soak: Soak, run: Path) -> str:
@@ -194,6 +218,11 @@ def begun(job: Job) -> bool:
     return bool(job.poll()) or "run folder: " in job.errors[0].read_text(errors="replace")
 
 
+def joined(job: Job) -> bool:
+    """Whether all processes have met."""
+    return all(JOINED in path.read_text(errors="replace") for path in job.errors)
+
+
 def kill_somewhere(soak: Soak, run: Path, job: Job) -> bool:
     """Kill a run at a random moment; whether it was still there."""
     lines = soak.rng.randrange(LINES)
@@ -204,15 +233,13 @@ def kill_somewhere(soak: Soak, run: Path, job: Job) -> bool:
         time.sleep(soak.rng.uniform(0, DELAY))
     else:  # also while it starts
         time.sleep(soak.rng.uniform(0, 10 * DELAY))
-    alive = not job.poll()
     victims = list(range(soak.processes))
     if soak.processes > 1 and soak.rng.random() < 0.5:  # one of them: the others see to themselves
-        victim = soak.rng.choice(victims)
-        job.kill(victim)
-        until(lambda: len(job.poll()) == soak.processes, job)
+        victims = [soak.rng.choice(victims)]
+        until(lambda: joined(job) or bool(job.poll()), job)  # before, they wait for a late one
+    alive = not job.poll()
     for victim in victims:
         job.kill(victim)
-    job.wait()
     return alive
 
 
@@ -242,6 +269,27 @@ def flip(soak: Soak, run: Path) -> None:
     soak.flipped.add((run.name, steps.all()[-1]))
 
 
+def wait(soak: Soak, job: Job) -> list[str]:
+    """How all processes have ended. When one has died, the others have `SURVIVAL` seconds."""
+    until(lambda: bool(job.poll()), job)
+    clock = time.monotonic()
+    until(lambda: len(job.poll()) == soak.processes, job, SURVIVAL)
+    ends = [how_ended(job.codes[number]) for number in range(soak.processes)]
+    if LOST in ends:
+        soak.survivors += ends.count(LOST)
+        soak.slowest = max(soak.slowest, time.monotonic() - clock)
+    return ends
+
+
+def how_ended(status: int) -> str:
+    if status == 0:
+        return "done"
+    if os.WTERMSIG(status) == signal.SIGKILL:
+        return "killed"
+    lost = os.WTERMSIG(status) == signal.SIGABRT or os.waitstatus_to_exitcode(status) == 1
+    return LOST if lost else f"wait status {status}"
+
+
 def kill_until_done(soak: Soak, run: Path, points: Iterator[str], count: int) -> None:
     """Start a run, kill it, and again, until it is done; no more often than `count` in all."""
     while True:
@@ -251,17 +299,16 @@ def kill_until_done(soak: Soak, run: Path, points: Iterator[str], count: int) ->
         point = next(points, "") if killing else ""
         job = start(soak, run, fail=point)
         alive = killing and not point and kill_somewhere(soak, run, job)
-        codes = job.wait()
-        done = not any(codes)
+        ends = wait(soak, job)
+        done = set(ends) == {"done"}
         if said := resumed(job):
             assert said == wanted, f"{said}, not {wanted}"
             soak.restarts += 1
         assert said or point or alive or not wanted, job.said()[-4000:]
-        # Those that lose another process end by themselves; nobody else may.
-        killed = signal.SIGKILL in map(os.WTERMSIG, codes) or (soak.processes > 1 and point)
-        assert done or killed, job.said()[-4000:]
         if done:
             return
+        # Those that lose another process end by themselves; nobody else may.
+        assert "killed" in ends and set(ends) <= {"killed", LOST, "done"}, job.said()[-4000:]
         if point or alive:
             soak.kills[point or half_done(run)] += 1
 
@@ -275,8 +322,8 @@ def compare(run: Path, whole: Path) -> None:
         return 0
 
     errors = run.with_name("compare.stderr")
-    status = os.waitpid(fork(same, errors, {}), 0)[1]
-    assert status == 0, errors.read_text()[-4000:]
+    job = Job([fork(same, errors, {})], [errors])
+    assert job.wait() == [0], job.said()[-4000:]
 
 
 def soak_kill(
@@ -287,12 +334,14 @@ def soak_kill(
     Raises AssertionError where a restart goes on from another step than the newest complete one,
     or where a run that was killed differs in the end from one that was not.
     """
-    soak, started = Soak(folder, processes, steps, random.Random(seed)), time.monotonic()
-    try:
-        runs = _soak(soak, count)
-    finally:
-        for number in range(len(soak.job.pids) if soak.job else 0):
-            soak.job.kill(number)
+    started = time.monotonic()
+    with reserved_port() as port:
+        soak = Soak(folder, processes, steps, random.Random(seed), port)
+        try:
+            runs = _soak(soak, count)
+        finally:
+            for number in range(len(soak.job.pids) if soak.job else 0):
+                soak.job.kill(number)
     return {
         "processes": processes,
         "runs": runs,
@@ -300,6 +349,8 @@ def soak_kill(
         "kills": dict(soak.kills),
         "killed": soak.kills.total(),
         "restarts": soak.restarts,
+        "survivors_ended": soak.survivors,
+        "slowest_of_them_s": round(soak.slowest, 1),
         "bytes_flipped": len(soak.flipped),
         "damaged_steps": len(soak.damaged),
         "all_equal_to_the_unkilled": True,

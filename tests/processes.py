@@ -7,6 +7,7 @@ starts `count` Python processes with `devices_each` virtual CPU devices each, jo
 or numbers. The target must be importable without pytest.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -17,12 +18,20 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
+#: Flags with which tiny programs compile fast: LLVM need not optimise what runs once.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
+#: Seconds after which a process is missed that died outside of a collective.
+HEARTBEAT = 10
 
 
 def run_processes(
@@ -39,16 +48,12 @@ def run_processes(
     results as npz. Raises AssertionError with the stderr of the first process that fails, or of
     those that are not done after `timeout` seconds; no process outlives the call.
     """
-    with tempfile.TemporaryDirectory() as name, socket.socket() as port:
-        # Bound until the end and never listening: nobody else is given the port, and the
-        # coordinator, whose sockets set the same option, may still bind and listen to it.
-        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        port.bind(("localhost", 0))
+    with tempfile.TemporaryDirectory() as name, reserved_port() as port:
         folder = Path(name)
         job = {
             "target": target,
             "arguments": arguments,
-            "coordinator": f"localhost:{port.getsockname()[1]}",
+            "coordinator": f"localhost:{port}",
             "processes": count,
             "join_by": join_by,
         }
@@ -68,6 +73,26 @@ def run_processes(
             )
             raise AssertionError(shown)
         return [_load(folder / f"{i}.npz") for i in range(count)]
+
+
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port for process 0 to listen on, which nobody else is given."""
+    with socket.socket() as bound:
+        # Never listening: the coordinator, whose sockets set the same option, may still bind it.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bound.bind(("localhost", 0))
+        yield bound.getsockname()[1]
+
+
+def among(port: int, count: int, number: int) -> dict[str, str]:
+    """The environment of a process among several, as users set it."""
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(number),
+        "DELTAL_HEARTBEAT": str(HEARTBEAT),
+    }
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

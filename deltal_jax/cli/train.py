@@ -4,7 +4,6 @@ import argparse
 import json
 import re
 import sys
-import traceback
 
 from deltal_jax.config import load_config, parse_overrides
 from deltal_jax.errors import UserError
@@ -56,18 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
         )
     supervise.follow_parent()
     with signals.listening(at_once=True):
-        from deltal_jax.parallel.processes import is_first
+        from deltal_jax.parallel.processes import PeerError, is_first
         from deltal_jax.training.loop import train
 
         try:
             result = train(name, overrides, resume=arguments.resume, profile=profile)
-        except (UserError, ArithmeticError):
-            raise
-        except Exception:
-            if not supervise.supervised():
-                raise
-            traceback.print_exc()  # an ordinary exit would wait for processes that may be gone
-            signals.leave("deltal: the run failed", 1)
+        except PeerError as error:
+            print(f"deltal: {error}", file=sys.stderr)
+            return 1
     if not is_first():
         return 0
     if arguments.json:

@@ -34,11 +34,6 @@ def wanted() -> bool:
     return CHILD not in os.environ and any(n.isdecimal() and int(n) > 1 for n in counts)
 
 
-def supervised() -> bool:
-    """Whether this process is such a child."""
-    return CHILD in os.environ
-
-
 def supervise(command: list[str]) -> int:
     """Run the command as a child, in the place of this process; the exit code."""
     read, write = os.pipe()

@@ -24,6 +24,8 @@ from deltal_jax.errors import UserError
 T = TypeVar("T")
 #: Seconds that a process which fails waits for the others to fail at the same point.
 PATIENCE = 5.0
+#: What an error of jax has in it where another process is gone: how it reached that one.
+CONNECTIONS = ("Gloo", "NCCL", "coordination service")
 #: Bytes that are exchanged at least: sizes double, so that few programs are compiled.
 LEAST_BYTES = 1024
 
@@ -107,16 +109,18 @@ def ending_together() -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if not all_failed():
+        if not all_failed(error):
             _end(error)
         raise
 
 
-def all_failed() -> bool:
+def all_failed(error: BaseException) -> bool:
     """Whether the others fail at this point too, within `PATIENCE`: then all may still do something
     together. To be called where an error was caught."""
     if jax.process_count() == 1:
         return True
+    if _is_loss(error):
+        return False
     try:
         name = f"deltal_jax failure {next(_failures)}"
         client: Any = global_state.client
@@ -137,10 +141,19 @@ def _fail_alike(own: Exception | None) -> None:
             raise kind(f"{failure[1]} (in process {number})")
 
 
+def _is_loss(error: BaseException) -> bool:
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(
+        name in str(error) for name in CONNECTIONS
+    )
+
+
 def _end(error: BaseException) -> None:
     index = jax.process_index()
     if isinstance(error, (UserError, ArithmeticError)):
         print(f"deltal: {error} (in process {index}, which ends)", file=sys.stderr)
+    elif _is_loss(error):
+        what = " ".join(str(error).split())
+        print(f"deltal: process {index} lost another one and ends: {what}", file=sys.stderr)
     else:
         traceback.print_exception(error)
         print(f"deltal: process {index} failed and ends", file=sys.stderr)

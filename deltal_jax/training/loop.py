@@ -273,7 +273,7 @@ def _reinforce(
             try:
                 batch = batches.next(state.params, step - 1)
             except Exception as error:
-                if all_failed():
+                if all_failed(error):
                     run.save(state, "rl", step - 1, batches)
                 if isinstance(error, signals.Abandoned):
                     raise _Interrupted(step - 1) from error
