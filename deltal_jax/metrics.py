@@ -37,11 +37,11 @@ class MetricsWriter:
         self._file.truncate(keep_bytes)
         self._file.seek(0, os.SEEK_END)
         if tensorboard:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import FileWriter
 
             events = folder / "tensorboard"
             shutil.rmtree(events, ignore_errors=True)
-            self._tensorboard = SummaryWriter(str(events))
+            self._tensorboard = FileWriter(str(events))
             for line in load_metrics(path):
                 self._show(line.pop("step"), line.pop("phase"), line)
 
@@ -66,11 +66,15 @@ class MetricsWriter:
 
     def _show(self, step: int, phase: str, values: dict[str, float | None]) -> None:
         """Tell TensorBoard, if it is wanted."""
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                if value is not None:
-                    tag = f"warm-up/{name}" if phase == "sft" else name
-                    self._tensorboard.add_scalar(tag, value, step)
+        if self._tensorboard is None:
+            return
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        # All of a line at once: `add_scalar` takes five times as long, at each resume.
+        before = "warm-up/" if phase == "sft" else ""
+        known = {name: value for name, value in values.items() if value is not None}
+        scalars = [Summary.Value(tag=before + k, simple_value=v) for k, v in known.items()]
+        self._tensorboard.add_summary(Summary(value=scalars), step)
 
     def sync(self) -> None:
         """Have what was written survive a power failure."""

@@ -107,9 +107,10 @@ def test_a_warm_up_step_on_a_mesh_is_that_of_one_device():
 
 
 def in_two_processes(folder):
-    """In each: a whole run, and one that is resumed after its first step."""
+    """In each: a whole run, whose steps are kept for replay, and one that is resumed after its
+    first step."""
     whole, resumed = Path(folder) / "whole", Path(folder) / "resumed"
-    seen = [run_on(whole, {})]
+    seen = [run_on(whole, {"guard.dump_steps": [1, 2]})]
     on_first(lambda: str(copied(whole, resumed, 1)))
     seen.append(run_on(resumed, {}, resume=True))
     shares = gather(seen)
@@ -122,6 +123,7 @@ def test_two_processes_run_and_resume_as_one_does(responses, folder, tmp_path):
     assert [bool(result["first"]) for result in results] == [True, False]
     assert_close(tmp_path / "whole", folder / "one")
     assert_same(tmp_path / "resumed", tmp_path / "whole")
+    assert len(list((tmp_path / "whole" / "dumps").glob("*/record.json"))) == 2
     whole, resumed = zip(*json.loads(str(results[0]["seen"])), strict=True)
     assert list(resumed) == [steps[1:] for steps in whole]
     # Prompts are dealt out in turn, with the four responses to each.

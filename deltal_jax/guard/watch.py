@@ -71,6 +71,7 @@ class StepWatch:
         assert self._batch is not None
         folder = self._run.folder / DUMPS / f"step-{self._step:06d}-update-{first + 1}"
         record = Record(self._step, first, self._reports)
+        self._run.settle(self._step)  # two saves at once meet at the same barriers of Orbax
         failure: Exception | None = None
         try:
             save_dump(folder, self._run.setup, state, self._batch, record)
