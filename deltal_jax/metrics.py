@@ -68,13 +68,14 @@ class MetricsWriter:
         """Tell TensorBoard, if it is wanted."""
         if self._tensorboard is None:
             return
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto import summary_pb2
 
+        proto: Any = summary_pb2  # made as it is imported
         # All of a line at once: `add_scalar` takes five times as long, at each resume.
         before = "warm-up/" if phase == "sft" else ""
         known = {name: value for name, value in values.items() if value is not None}
-        scalars = [Summary.Value(tag=before + k, simple_value=v) for k, v in known.items()]
-        self._tensorboard.add_summary(Summary(value=scalars), step)
+        scalars = [proto.Summary.Value(tag=before + k, simple_value=v) for k, v in known.items()]
+        self._tensorboard.add_summary(proto.Summary(value=scalars), step)
 
     def sync(self) -> None:
         """Have what was written survive a power failure."""
