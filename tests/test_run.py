@@ -1,5 +1,6 @@
 """An open run: what it says where it cannot write."""
 
+import shutil
 from contextlib import closing
 
 import pytest
@@ -15,6 +16,20 @@ from deltal_jax.training.run import Run
 from tests.runs import TINY
 from tests.test_damage import small_files
 from tests.test_store import state
+
+
+def test_a_signal_is_answered_though_the_checkpoints_cannot_be_read(tmp_path):
+    options = TINY | {"run.dir": str(tmp_path / "run")}
+    folder, setup = create_run("countdown-tiny", options, None, None)
+    writer, display = MetricsWriter(None), ProgressDisplay(quiet=True)
+    with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        run = Run(folder, setup, ["task"], writer, checkpoints, display, None, Stop(at_once=False))
+        (folder / "checkpoints" / "7").mkdir()
+        loop = folder / "checkpoints" / "7" / "manifest.json"
+        loop.symlink_to(loop)
+        said, anything = run.kept()
+        shutil.rmtree(loop.parent)
+    assert "Too many levels" in said and "--resume" in said and not anything
 
 
 def test_a_line_of_metrics_without_room_ends_the_run_with_the_way_to_go_on(tmp_path):

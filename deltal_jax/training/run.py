@@ -280,7 +280,11 @@ class Run:
     def kept(self) -> tuple[str, bool]:
         """What there is to go on from, in words, and whether there is anything; waits for no save
         that is under way."""
-        newest, warm_up = SavedSteps(self.checkpoints.folder).newest(), self.setup.config.sft.steps
+        warm_up = self.setup.config.sft.steps
+        try:
+            newest = SavedSteps(self.checkpoints.folder).newest()
+        except OSError as error:  # who asks has to end the run all the same
+            return f"{error}; go on, once that is mended, with: {self.resume_command()}", False
         if newest is None:
             return f"nothing was saved yet; start again with: {self.resume_command()}", False
         phase, before = ("rl", warm_up) if newest >= warm_up else ("sft", 0)
