@@ -42,7 +42,7 @@ def test_a_resume_that_is_refused_changes_nothing_in_the_folder(run):
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(run):
     shutil.rmtree(run / run_folder.CHECKPOINTS)
     with pytest.raises(
-        UserError, match=r"^checkpoint.dir: .*/checkpoints is gone, and the run has"
+        UserError, match=r"^checkpoint.dir: .*/checkpoints is gone, and the run went"
     ):
         train(None, {"run.dir": str(run)}, resume=True, quiet=True)
     assert (run / "metrics.jsonl").stat().st_size
