@@ -143,8 +143,29 @@ def test_what_was_never_complete_is_removed_by_who_writes_and_said(folder):
         assert checkpoints.choose(1000) == 1
     assert sorted(path.name for path in folder.iterdir()) == ["1", "1.damaged"]
     assert sorted(said) == [
-        f"checkpoint {number} was never complete: removed what there was of it" for number in (2, 5)
+        f"checkpoint {number} has no manifest, so it is not complete: removed" for number in (2, 5)
     ]
+
+
+def test_where_no_manifest_is_left_nothing_is_removed(folder):
+    for number in (1, 2):
+        (folder / str(number) / NAME).unlink()
+    with closing(Checkpoints(folder, origin=ORIGIN)) as checkpoints:
+        assert checkpoints.choose(1000) is None
+    aside = ["1.incomplete", "2.incomplete"]
+    assert sorted(path.name for path in folder.iterdir()) == aside
+    assert all((folder / name / "state").is_dir() for name in aside)
+
+
+def test_one_under_another_number_or_of_another_run_is_not_taken_for_the_newest(folder):
+    (folder / "2").rename(folder / "7")
+    (folder / "1" / "state" / ".DS_Store").touch()  # harmless
+    saved = SavedSteps(folder)
+    assert saved.newest_intact() == (1, {7: "it was saved as checkpoint 2"})
+    saved.check_origin(1, ORIGIN)
+    other = {"config": ORIGIN["config"] | {"objective.alpha": 0.25}}
+    with pytest.raises(UserError, match=r"^objective.alpha: checkpoint 1 in .* 0.25; bring that"):
+        saved.check_origin(1, other)
 
 
 def test_none_intact_is_one_line_and_nothing_is_set_aside(folder):
@@ -252,7 +273,7 @@ def test_a_full_disk(tmp_path):
 
 def test_a_file_in_the_place_of_the_folder_is_said(tmp_path):
     (tmp_path / "c").write_text("mine")
-    with pytest.raises(UserError, match=r"^checkpoint.dir: cannot write to .*/c: File exists$"):
+    with pytest.raises(UserError, match=r"^checkpoint.dir: cannot write to .*/c: Not a directory$"):
         Checkpoints(tmp_path / "c")
     assert (tmp_path / "c").read_text() == "mine"
 

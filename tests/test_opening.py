@@ -1,6 +1,7 @@
 """How a run goes on: what is refused changes nothing, and what may change is not refused later."""
 
 import dataclasses
+import json
 import shutil
 from contextlib import closing
 
@@ -33,10 +34,35 @@ def run(tmp_path):
 
 def test_a_resume_that_is_refused_changes_nothing_in_the_folder(run):
     """Otherwise the field that was refused would be the run's own the next time."""
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    def contents():
+        files = (path for path in run.rglob("*") if path.is_file())
+        return {path: path.read_bytes() for path in files if path.name != run_folder.LOCK}
+
+    before = contents()
     with pytest.raises(UserError, match=r"^mesh: the run was on data 2: 2 devices, which decides"):
         train(None, {"run.dir": str(run), "checkpoint.every": 7}, resume=True, quiet=True)
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert contents() == before
+
+
+def test_a_run_that_goes_on_elsewhere_is_left_alone(run):
+    with (
+        run_folder.locked(run),
+        pytest.raises(UserError, match=r"^run.dir: .* is in use by process \d+ of .*; wait until"),
+    ):
+        train(None, {"run.dir": str(run)}, resume=True, quiet=True)
+
+
+def test_a_run_past_its_first_checkpoint_does_not_begin_anew_in_an_empty_folder(run):
+    shutil.rmtree(run / run_folder.CHECKPOINTS / "2")
+    every = run_folder.load_run_config(run).checkpoint.every
+    line = {"step": every + 1, "phase": "rl"}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(
+        UserError, match=rf"has no checkpoint, though the run came to RL step {every + 1};"
+    ):
+        train(None, {"run.dir": str(run)}, resume=True, quiet=True)
+    assert json.loads((run / "metrics.jsonl").read_text()) == line
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(run):

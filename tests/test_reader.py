@@ -25,7 +25,8 @@ def test_the_newest_is_looked_for_again_where_it_was_deleted_while_it_was_read(f
     def slow(manifest):
         """While the second is read the run saves a third and deletes both."""
         if manifest.position.step == 2 and (folder / "1").exists():
-            shutil.copytree(folder / "2", folder / "3")
+            with closing(Checkpoints(folder, 9)) as checkpoints:
+                checkpoints.save(3, state(), Position("rl", 3, 0, 0))
             shutil.rmtree(folder / "1")
             shutil.rmtree(folder / "2")
             return "gone before it was restored"

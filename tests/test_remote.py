@@ -38,7 +38,7 @@ def in_a_bucket(port):
         assert checkpoints.choose(10_000) == 2
         restored = checkpoints.read_state(2, abstract_state(state))
     assert (restored.params["w"] == state(seed=2).params["w"]).all()
-    assert len(said) == 2 and "9 was never complete" in said[0] and "set aside as 3." in said[1]
+    assert len(said) == 2 and "9 has no manifest" in said[0] and "set aside as 3." in said[1]
     assert saved.all() == [2]
     print("as it should be", flush=True)
     os._exit(0)  # the emulator's threads

@@ -19,6 +19,7 @@ from deltal_jax.checkpoints.disk import (
     sync_folders,
     unfinished,
 )
+from deltal_jax.errors import UserError
 from deltal_jax.guard.failpoints import fail_point
 
 NAME = "manifest.json"
@@ -55,6 +56,8 @@ class Manifest:
     arrays: dict[str, str]
     #: Size and CRC-32 of every other file by its path in the checkpoint.
     files: dict[str, tuple[int, int]]
+    #: Its own; None in those from before this was kept.
+    number: int | None = None
 
 
 class Damaged(Exception):
@@ -118,6 +121,8 @@ def read_manifest(step: epath.Path) -> Manifest:
     """Raises Damaged, and Newer."""
     try:
         return decode((step / NAME).read_bytes())
+    except PermissionError as error:
+        raise _forbidden(step, error) from error
     except OSError as error:
         raise Damaged(f"{NAME} cannot be read: {error.strerror or error}") from error
 
@@ -131,6 +136,7 @@ def check_files(step: epath.Path, manifest: Manifest, *, contents: bool) -> None
         ours = NAME, unfinished(NAME)  # the latter of one that was to be replaced
         found = {name: path for name, path in files_under(step) if name not in ours}
         _check_names(found, manifest.files)
+        found = {name: found[name] for name in manifest.files}
         for name, path in found.items():
             _check_size(name, path.stat().length, manifest.files[name][0])
         if contents:
@@ -139,15 +145,26 @@ def check_files(step: epath.Path, manifest: Manifest, *, contents: bool) -> None
                     _check_size(name, sum_[0], manifest.files[name][0])
                     if sum_ != manifest.files[name]:
                         raise Damaged(f"{name} has flipped bytes")
+    except PermissionError as error:
+        raise _forbidden(step, error) from error
     except OSError as error:
         raise Damaged(f"{error.filename or step} cannot be read: {error.strerror}") from error
+
+
+def _forbidden(step: epath.Path, error: OSError) -> UserError:
+    return UserError(
+        f"checkpoint.dir: cannot read {error.filename or step}: {error.strerror}; have this user "
+        "own it"
+    )
 
 
 def _check_names(found: Iterable[str], wanted: Iterable[str]) -> None:
     for name in sorted(set(wanted) - set(found)):
         raise Damaged(f"{name} is missing")
+    # Hidden files are a desktop's or a file system's own.
     for name in sorted(set(found) - set(wanted)):
-        raise Damaged(f"{name} does not belong to it")
+        if not name.rpartition("/")[2].startswith("."):
+            raise Damaged(f"{name} does not belong to it")
 
 
 def _check_size(name: str, size: int, wanted: int) -> None:

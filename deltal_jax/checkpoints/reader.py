@@ -5,6 +5,7 @@ What is read has been compared with its manifest before, every byte.
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,8 @@ class SavedSteps:
         where it is intact. Raises UserError for one in a newer format."""
         try:
             manifest = read_manifest(self.path(number))
+            if manifest.number not in (None, number):
+                return f"it was saved as checkpoint {manifest.number}"
             check_files(self.path(number), manifest, contents=contents)
         except Damaged as error:
             return str(error)
@@ -101,6 +104,18 @@ class SavedSteps:
                 raise UserError(self._gone(number))
             raise UserError(f"checkpoint {number} in {self.folder} is damaged: {what}; use another")
         return self._whole[number]
+
+    def check_origin(self, number: int, origin: dict[str, dict[str, Any]]) -> None:
+        """Raises UserError where a fact of the run was another one as it was saved."""
+        for section, before in self.manifest(number).origin.items():
+            now = json.loads(json.dumps(origin.get(section, {})))  # as what was read
+            for name in before.keys() & now.keys():
+                if before[name] != now[name]:
+                    raise UserError(
+                        f"{name}: checkpoint {number} in {self.folder} was saved with "
+                        f"{before[name]!r} ({section}), and this run has {now[name]!r}; bring that "
+                        "back, or start a new run"
+                    )
 
     def read_position(self, number: int) -> Position:
         """Where the run was."""

@@ -6,7 +6,6 @@ all call everything here; process 0 alone decides, and writes what is not an arr
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -49,6 +48,7 @@ from deltal_jax.types import TrainState
 UNFINISHED = ".orbax-checkpoint-tmp"
 #: At the end of the name of what is kept though it is damaged.
 ASIDE = ".damaged"
+INCOMPLETE = ".incomplete"
 #: Of checkpoints from before there were manifests: where they kept what is no array.
 OLD_ITEM = "meta"
 
@@ -75,7 +75,7 @@ class Checkpoints(SavedSteps):
     ):
         super().__init__(folder)
         self._keep = Keep(last=keep) if isinstance(keep, int) else keep
-        self._origin = json.loads(json.dumps(origin or {}))  # as it will be read
+        self._origin = origin or {}
         self._say = say
         self._manager: ocp.CheckpointManager | None = None
         self._snapshot = Snapshot()
@@ -108,7 +108,9 @@ class Checkpoints(SavedSteps):
         if number in self._saved:
             return
         tree = tree_of(state)
-        draft = Manifest(position, 0.0, _finite(metrics or {}), self._origin, shapes_of(tree), {})
+        draft = Manifest(
+            position, 0.0, _finite(metrics or {}), self._origin, shapes_of(tree), {}, number
+        )
         items: dict[str, Any] = {STATE: ocp.args.PyTreeSave(self._snapshot.take(tree))}
         if rollouts:
             items[ROLLOUTS] = ocp.args.StandardSave(rollouts)
@@ -208,24 +210,12 @@ class Checkpoints(SavedSteps):
 
         number, damaged = self.newest_intact(lacking)
         if number is not None:
-            self._check_origin(number)
+            self.check_origin(number, self._origin)
         for other, what in damaged.items():
             name = _unused(self.folder / f"{other}{ASIDE}")
             self.path(other).rename(name)
             self._say(f"checkpoint {other} is damaged: {what}; set aside as {name.name}")
         return number
-
-    def _check_origin(self, number: int) -> None:
-        """Raises UserError where a fact of the run was another one."""
-        for section, before in self._whole[number].origin.items():
-            now = self._origin.get(section, {})
-            for name in before.keys() & now.keys():
-                if before[name] != now[name]:
-                    raise UserError(
-                        f"{name}: checkpoint {number} in {self.folder} was saved with "
-                        f"{before[name]!r} ({section}), and this run has {now[name]!r}; bring that "
-                        "back, or start a new run"
-                    )
 
     def _finish(self, number: int, draft: Manifest, before: Callable[[], None]) -> None:
         """The part of a save that nobody waits for."""
@@ -277,8 +267,23 @@ class Checkpoints(SavedSteps):
                 self._clean()
 
     def _sweep(self) -> None:
+        try:
+            self._set_aside()
+        except OSError as error:
+            raise self._unwritable(error) from error
         for number in self._clean():
-            self._say(f"checkpoint {number} was never complete: removed what there was of it")
+            self._say(f"checkpoint {number} has no manifest, so it is not complete: removed")
+
+    def _set_aside(self) -> None:
+        """Where nothing has a manifest, nothing is removed for want of one: they may be lost."""
+        for path in () if self.all() else children(self.folder):
+            if path.name.isdecimal() and not (path / OLD_ITEM).is_dir():
+                name = _unused(self.folder / f"{path.name}{INCOMPLETE}")
+                path.rename(name)
+                self._say(
+                    f"checkpoint {path.name} has no manifest, and no other is there: set aside as "
+                    f"{name.name}"
+                )
 
     def _clean(self) -> list[str]:
         """Remove what is no checkpoint; the numbers that it would have had."""
@@ -299,10 +304,12 @@ class Checkpoints(SavedSteps):
                 path.rmtree()
                 removed.append(number)
         except OSError as error:
-            raise UserError(
-                f"checkpoint.dir: cannot write to {self.folder}: {error.strerror or error}"
-            ) from error
+            raise self._unwritable(error) from error
         return removed
+
+    def _unwritable(self, error: OSError) -> UserError:
+        what = error.strerror or error
+        return UserError(f"checkpoint.dir: cannot write to {self.folder}: {what}")
 
     def _readable(self) -> Iterator[tuple[int, Manifest]]:
         for number in self.all():

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltal_jax.errors import UserError
+
 if TYPE_CHECKING:
     from deltal_jax.checkpoints.reader import SavedSteps
 
@@ -29,7 +31,14 @@ def run(arguments: argparse.Namespace) -> int:
     config = run_folder.load_run_config(arguments.run)
     saved = SavedSteps(run_folder.checkpoints_folder(arguments.run, config))
     metric = config.checkpoint.best_metric or f"eval/{config.task.name}/avg_at_k"
+    origin = {"config": run_folder.fixed_fields(config)}
     rows = {number: _row(saved, number, metric, arguments.verify) for number in saved.all()}
+    for number, row in rows.items() if arguments.verify else ():
+        if row["damage"] is None:
+            try:
+                saved.check_origin(number, origin)
+            except UserError as error:
+                row["damage"] = str(error)
     left = saved.all()  # a run that goes on deletes old ones
     rows = {number: row for number, row in rows.items() if number in left}
     damaged = any(row["damage"] for row in rows.values())

@@ -37,6 +37,7 @@ from deltal_jax.training.opening import (
     MESH,
     check_mesh,
     check_profile,
+    check_progress,
     choose_rewards,
     create_run,
     keep_config,
@@ -108,7 +109,7 @@ def train(
     one that fails alone does not return.
     """
     wanted = None if rewards is None else as_rewards(rewards)
-    with signals.listening() as stop:
+    with signals.listening() as stop, contextlib.ExitStack() as held:
         start_distributed()
         signals.listen_anew()
         stop.agree, stop.alone = agree, jax.process_count() == 1
@@ -116,7 +117,9 @@ def train(
         if not quiet:
             stop.say = display.say
         with ending_together():
-            return _train(experiment, dict(overrides or {}), wanted, resume, profile, display, stop)
+            return _train(
+                experiment, dict(overrides or {}), wanted, resume, profile, display, stop, held
+            )
 
 
 def _train(
@@ -127,6 +130,7 @@ def _train(
     profile: tuple[int, int] | None,
     display: ProgressDisplay,
     stop: signals.Stop,
+    held: contextlib.ExitStack,
 ) -> TrainResult:
     started = time.monotonic()
     enable_compile_cache()
@@ -136,11 +140,14 @@ def _train(
     else:
         folder, setup = create_run(experiment, overrides, wanted, profile)
         changes = {}
+    on_first(lambda: held.enter_context(run_folder.locked(folder)))
     config = setup.config
     wanted = choose_rewards(config, wanted)
     check_profile(profile, config)
     checkpoints = open_checkpoints(folder, setup, display, resume=resume)
     newest = checkpoints.choose(metrics_size(folder)) if resume else None
+    if resume and newest is None:
+        on_first(lambda: check_progress(folder, config))
     position = Position("sft", 0, 0, 0) if newest is None else checkpoints.read_position(newest)
     check_mesh(setup, position)
     if resume and newest is None:

@@ -14,7 +14,7 @@ from deltal_jax.checkpoints.retention import Keep
 from deltal_jax.checkpoints.store import Checkpoints
 from deltal_jax.config import Config, dump_config, load_config
 from deltal_jax.errors import UserError
-from deltal_jax.metrics import metrics_size
+from deltal_jax.metrics import FILE_NAME, load_metrics, metrics_size
 from deltal_jax.parallel.mesh import describe_mesh
 from deltal_jax.parallel.processes import is_first, on_each, on_first
 from deltal_jax.progress import ProgressDisplay
@@ -143,6 +143,19 @@ def open_checkpoints(
         },
     }
     return Checkpoints(where, keep, origin=origin, say=display.say)
+
+
+def check_progress(folder: Path, config: Config) -> None:
+    """Raises UserError where a run has no checkpoint though it has come past one: line `every` + 1
+    of RL is written after the checkpoint of step 0 was complete."""
+    lines = load_metrics(folder / FILE_NAME) if metrics_size(folder) else []
+    steps = [line["step"] for line in lines if line["phase"] == "rl"]
+    if config.checkpoint.every and max(steps, default=0) > config.checkpoint.every:
+        raise UserError(
+            f"checkpoint.dir: {run_folder.checkpoints_folder(folder, config)} has no checkpoint, "
+            f"though the run came to RL step {max(steps)}; bring them back (is it mounted?), or "
+            "start a new run"
+        )
 
 
 def check_mesh(setup: Setup, position: Position) -> None:

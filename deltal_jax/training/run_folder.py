@@ -1,8 +1,12 @@
 """The folder of a run: created once, never overwritten, found again for resume."""
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import os
+import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from deltal_jax.config import Config, dump_config, load_config
 from deltal_jax.errors import UserError
 
 CONFIG = "config.yaml"
+LOCK = ".lock"
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
@@ -140,6 +145,30 @@ def fixed_fields(config: Config) -> dict[str, Any]:
     """The fields that a resumed run may not change, by name."""
     free = _free(config)
     return {k: v for k, v in _flat(config).items() if k not in free and not _changeable(k)}
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep the folder for this process, until it ends or leaves this.
+
+    Raises UserError where another one has it: two that write would cut each other's metrics.
+    """
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f"run.dir: {folder} is in use by {file.read() or 'another process'}; wait until "
+                "that has ended, or name another"
+            ) from error
+        except OSError:  # a file system that knows no locks
+            yield
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {platform.node()}")
+        file.flush()
+        yield
 
 
 def checkpoints_folder(folder: Path, config: Config) -> epath.Path:

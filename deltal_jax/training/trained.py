@@ -63,7 +63,7 @@ def load_steps(
     Raises UserError for a step that has no checkpoint, or where there is none at all.
     """
     enable_compile_cache()
-    run_folder.load_run_config(folder)
+    origin = {"config": run_folder.fixed_fields(run_folder.load_run_config(folder))}
     # Who trained on many devices may look at it on one.
     config = load_config(folder / run_folder.CONFIG, ONE_DEVICE | overrides)
     checkpoints = SavedSteps(run_folder.checkpoints_folder(folder, config))
@@ -73,6 +73,7 @@ def load_steps(
     if changed:
         _check_words(setup, ", ".join(changed))
     for number in numbers:
+        checkpoints.check_origin(number, origin)
         position = checkpoints.read_position(number)
         state = restore_state(checkpoints, number, setup, position)
         yield Trained(setup, state.params, state.key, position)
