@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from deltal_jax import Reward, train
+from deltal_jax.cli.main import main
 from deltal_jax.config import load_config
 from deltal_jax.errors import UserError
+from deltal_jax.guard.dumps import DUMPS, load_dump
+from deltal_jax.guard.replay import replay
 from deltal_jax.parallel.processes import gather, is_first, on_first
 from deltal_jax.training.setup import init_params, make_setup, make_update
 from deltal_jax.training.sft import demonstration_batches
@@ -27,6 +30,7 @@ OPTIONS = TINY | {
     "objective.kl_coefficient": 0.05,
     "rl.optimizer.warmup_steps": 0,
     "evaluate.every": 0,
+    "guard.dump_steps": [2],
 }
 ALL = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 AHEAD = {"rollout.ahead": 1, "objective.importance_correction": "token_truncate"}
@@ -86,6 +90,18 @@ def test_a_run_may_go_on_on_another_mesh_and_says_so(responses, folder, capfd):
     said = "mesh: data 8: 8 devices, before data 2 × fsdp 2 × tensor 2: 8 devices; equal to"
     assert said in capfd.readouterr().err
     assert_close(moved, folder / "one")
+
+
+def test_a_step_is_replayed_bit_for_bit_on_its_mesh_and_nowhere_else(responses, folder, capsys):
+    dump = str(folder / "all" / DUMPS / "step-000002-update-1")
+    assert main(["debug", "replay", dump]) == 0
+    assert "figures are bit for bit those recorded" in capsys.readouterr().out
+    for mesh, said in ((ONE_DEVICE, "one device"), (DATA, "data 8: 8 devices")):
+        found = load_dump(Path(dump), mesh)
+        assert found.inexact == f"on {said}, and not on data 2 × fsdp 2 × tensor 2: 8 devices,"
+        pairs = [pair for pair in replay(found).figures.values() if pair[0] is not None]
+        was, now = np.asarray(pairs).T
+        np.testing.assert_allclose(now, was, rtol=1e-4, atol=1e-6)
 
 
 def test_a_warm_up_step_on_a_mesh_is_that_of_one_device():

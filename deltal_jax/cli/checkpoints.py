@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = run_folder.load_run_config(arguments.run)
     saved = SavedSteps(run_folder.checkpoints_folder(arguments.run, config))
-    metric = config.checkpoint.best_metric or f"eval/{config.task.name}/avg_at_k"
+    metric = run_folder.best_metric(config, config.task.name)
     rows = {number: _row(saved, number, metric, arguments.verify) for number in saved.all()}
     left = saved.all()  # a run that goes on deletes old ones
     rows = {number: row for number, row in rows.items() if number in left}
