@@ -265,3 +265,9 @@ def test_mathematics_needs_files(name):
 def test_fields_of_mathematics_are_refused_for_another_task():
     said = config_refusal({"task.math.verifier": "reference"})
     assert said == "task.math.verifier: set task.name=math, or leave it out"
+
+
+def test_an_object_store_that_arrays_cannot_be_written_to_is_refused():
+    assert load_config("countdown-tiny", {"checkpoint.dir": "gs://bucket/run"})
+    said = config_refusal({"checkpoint.dir": "s3://bucket/run"})
+    assert said.startswith("checkpoint.dir: s3://bucket/run: Orbax writes arrays to folders and to")

@@ -232,7 +232,6 @@ def big(value):
     return TrainState(params, {}, jnp.asarray(0), jax.random.key(7, impl="threefry2x32"))
 
 
-@pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("limit", [0, 100, 20_000])
 def test_a_save_that_the_disk_has_no_room_for_harms_nothing_and_is_said_once(limit, tmp_path):
     """No room for metadata, for some of it, or for arrays."""
@@ -247,7 +246,6 @@ def test_a_save_that_the_disk_has_no_room_for_harms_nothing_and_is_said_once(lim
         assert sorted(os.listdir(tmp_path / "c")) == ["1", "2"]
 
 
-@pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -10,6 +10,7 @@ from deltal_jax.errors import UserError
 from deltal_jax.model.families import architecture_of
 from deltal_jax.model.published import PUBLISHED
 from deltal_jax.training import plan as module
+from deltal_jax.training.describe import memory_estimate
 from deltal_jax.training.plan import make_plan
 from tests import fakes
 
@@ -60,11 +61,24 @@ def test_what_needs_none_of_it_is_checked_all_the_same():
 
 def test_devices_that_are_not_here_are_said():
     overrides = {"rollout.devices": 8, "rollout.slots": 8}
-    assert plan_of(overrides).notes[1:] == [
-        "note: there are not 8 devices here, and one more that trains"
-    ]
-    with pytest.raises(UserError, match=r"^rollout.devices: 8 of 8 devices leaves none to train"):
-        make_plan(load_config("countdown-tiny", overrides))
+    said = "so their memory is not checked"
+    assert plan_of(overrides).notes[1:] == [f"note: not 9 devices here, {said}"]
+    overrides = {"mesh.data": 4, "mesh.fsdp": 4, "mesh.tensor": 2, "rollout.slots": 32}
+    config = load_config("countdown-tiny", overrides)
+    away, held = make_plan(config), ("parameters", "optimizer", "kv_cache")
+    assert away.notes == [f"note: not 32 devices here, {said}"] and away.task is not None
+    memory = memory_estimate(config, away.architecture, away.mesh)
+    fewer = load_config("countdown-tiny", overrides | {"mesh.data": 1, "rollout.slots": 8})
+    here = make_plan(fewer)  # the same for each device: data holds whole copies
+    assert here.notes == [] and here.mesh.size == 8
+    known = memory_estimate(fewer, here.architecture, here.mesh)
+    assert [memory[part] for part in held] == [known[part] for part in held]
+    one = memory_estimate(fewer, here.architecture)
+    assert one["parameters"] > 4 * memory["parameters"] > 0
+    with pytest.raises(UserError, match=r"^rollout.slots: 8 do not split over .* 16 devices"):
+        make_plan(load_config("countdown-tiny", overrides | {"rollout.slots": 8}))
+    rest = plan_of(overrides | {"mesh.fsdp": -1, "mesh.data": 8})
+    assert rest.notes[1:] == [f"note: not 16 devices here, {said}; -1, the rest, counts as 1"]
 
 
 def test_problems_that_are_missing_beside_a_checkpoint_that_is_here(tmp_path):

@@ -7,14 +7,20 @@ import numpy as np
 import pytest
 
 from deltal_jax import Reward, train
-from deltal_jax.config import load_config
+from deltal_jax.cli.main import main
+from deltal_jax.config import ModelConfig, load_config
+from deltal_jax.config.rules import SHAPE
 from deltal_jax.errors import UserError
+from deltal_jax.guard.dumps import DUMPS, load_dump
+from deltal_jax.guard.replay import replay
 from deltal_jax.parallel.processes import gather, is_first, on_first
 from deltal_jax.training.setup import init_params, make_setup, make_update
 from deltal_jax.training.sft import demonstration_batches
 from deltal_jax.training.trained import ONE_DEVICE, root_key
+from tests import fakes, small_tokenizers
 from tests.processes import run_processes
 from tests.runs import TINY, assert_same, copied, mixed_reward, timeless
+from tests.test_resume import rough_reward
 
 #: What a step may have beside: a reference model, recomputed log-probabilities, mini-batches.
 OPTIONS = TINY | {
@@ -27,6 +33,7 @@ OPTIONS = TINY | {
     "objective.kl_coefficient": 0.05,
     "rl.optimizer.warmup_steps": 0,
     "evaluate.every": 0,
+    "guard.dump_steps": [2],
 }
 ALL = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 AHEAD = {"rollout.ahead": 1, "objective.importance_correction": "token_truncate"}
@@ -86,6 +93,54 @@ def test_a_run_may_go_on_on_another_mesh_and_says_so(responses, folder, capfd):
     said = "mesh: data 8: 8 devices, before data 2 × fsdp 2 × tensor 2: 8 devices; equal to"
     assert said in capfd.readouterr().err
     assert_close(moved, folder / "one")
+
+
+#: What one step leaves to the next, on a mesh beside devices that sample.
+ADAPTERS = TINY | {f"model.{name}": getattr(ModelConfig(), name) for name in SHAPE}
+ADAPTERS |= {
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
+    "rollout.devices": 4,
+    "rollout.slots": 8,
+    "rollout.dynamic_sampling": "reward",
+    "rollout.oversampling": 2.0,
+    "rollout.partial": True,
+    "rollout.max_prompt_length": 28,
+    "length_buckets": [36],
+    "rl.tokens_per_microbatch": 144,
+    "rl.steps": 3,
+    "rl.optimizer.learning_rate": 1e-2,
+    "sft.steps": 0,
+    "evaluate.every": 0,
+    "lora.rank": 2,
+}
+
+
+def test_adapters_of_a_model_in_parts_sampled_elsewhere_are_resumed_bit_for_bit(tmp_path):
+    model, whole = tmp_path / "model", tmp_path / "whole"
+    small_tokenizers.write_folder(model, "qwen")
+    shape = {"vocab_size": 600, "num_hidden_layers": 1}
+    fakes.write_checkpoint(model, fakes.CONFIGS["qwen2"] | shape)
+    options = ADAPTERS | {"model.path": str(model), "run.dir": str(whole)}
+    train("countdown-tiny", options, rewards=[Reward(rough_reward)], quiet=True)
+    resumed = copied(whole, tmp_path / "resumed", 1)
+    again = {"run.dir": str(resumed)}
+    train(None, again, rewards=[Reward(rough_reward)], resume=True, quiet=True)
+    assert_same(resumed, whole)
+    lines = [x for x in timeless(whole) if x["phase"] == "rl"]
+    assert lines[1]["rollout/stale_frac"] > 0 and all(x["optim/grad_norm"] for x in lines)
+
+
+def test_a_step_is_replayed_bit_for_bit_on_its_mesh_and_nowhere_else(responses, folder, capsys):
+    dump = str(folder / "all" / DUMPS / "step-000002-update-1")
+    assert main(["debug", "replay", dump]) == 0
+    assert "figures are bit for bit those recorded" in capsys.readouterr().out
+    for mesh, said in ((ONE_DEVICE, "one device"), (DATA, "data 8: 8 devices")):
+        found = load_dump(Path(dump), mesh)
+        assert found.inexact == f"on {said}, and not on data 2 × fsdp 2 × tensor 2: 8 devices,"
+        pairs = [pair for pair in replay(found).figures.values() if pair[0] is not None]
+        was, now = np.asarray(pairs).T
+        np.testing.assert_allclose(now, was, rtol=1e-4, atol=1e-6)
 
 
 def test_a_warm_up_step_on_a_mesh_is_that_of_one_device():

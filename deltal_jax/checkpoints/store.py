@@ -6,7 +6,6 @@ all call everything here; process 0 alone decides, and writes what is not an arr
 
 import contextlib
 import dataclasses
-import logging
 import math
 import os
 import re
@@ -30,6 +29,7 @@ from deltal_jax.checkpoints.manifest import (
     read_manifest,
     write_manifest,
 )
+from deltal_jax.checkpoints.quiet import quieten
 from deltal_jax.checkpoints.reader import (
     ROLLOUTS,
     STATE,
@@ -324,7 +324,7 @@ class Checkpoints(SavedSteps):
 
 def _manager(folder: epath.Path) -> ocp.CheckpointManager:
     """Writes arrays, and nothing else: what stays and what exists is decided here."""
-    logging.getLogger("absl").addFilter(_not_orbax)  # it prints tracebacks of errors that we say
+    quieten()
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     # Compression takes four times as long, for a tenth of the size.
     arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
@@ -341,10 +341,6 @@ def _manager(folder: epath.Path) -> ocp.CheckpointManager:
         ),
     )
     return ocp.CheckpointManager(folder, options=options, handler_registry=registry)
-
-
-def _not_orbax(record: logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _judged(manifest: Manifest) -> Saved:

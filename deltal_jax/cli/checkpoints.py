@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = run_folder.load_run_config(arguments.run)
     saved = SavedSteps(run_folder.checkpoints_folder(arguments.run, config))
-    metric = config.checkpoint.best_metric or f"eval/{config.task.name}/avg_at_k"
+    metric = run_folder.best_metric(config, config.task.name)
     origin = {"config": run_folder.fixed_fields(config)}
     rows = {number: _row(saved, number, metric, arguments.verify) for number in saved.all()}
     for number, row in rows.items() if arguments.verify else ():

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltal_jax.cli.options import check_seed
+from deltal_jax.cli.options import check_seed, parse_steps
 from deltal_jax.config import parse_overrides
 from deltal_jax.errors import UserError
 
 if TYPE_CHECKING:
     from deltal_jax.training.evaluate import Evaluation
-    from deltal_jax.training.trained import Steps, Trained
+    from deltal_jax.training.trained import Trained
 
 #: Where the results of a run go, in its folder.
 EVALUATIONS = "evaluations"
@@ -38,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--step",
-        metavar="N[,N…]|all",
-        help="checkpoints after these RL steps of the run; default: the newest",
+        metavar="N[,N…]|all|best",
+        help="checkpoints after these RL steps of the run, or the best by its own evaluations; "
+        "default: the newest",
     )
     parser.add_argument(
         "--to",
@@ -178,16 +179,7 @@ def _trained(arguments: argparse.Namespace) -> Iterator["Trained"]:
             f"run.dir: {folder} is not a run folder (it has no {run_folder.CONFIG}), nor that of a "
             f"model (it has no {MODEL_CONFIG})"
         )
-    yield from load_steps(folder, overrides, _steps(arguments.step))
-
-
-def _steps(text: str | None) -> "Steps":
-    if text is None or text == "all":
-        return text
-    steps = [int(part) if part.isascii() and part.isdigit() else -1 for part in text.split(",")]
-    if min(steps) < 0 or len(set(steps)) < len(steps):
-        raise UserError(f"--step: {text!r} is neither all nor RL steps such as 50,100")
-    return steps
+    yield from load_steps(folder, overrides, parse_steps(arguments.step))
 
 
 def _folder(arguments: argparse.Namespace) -> Path | None:

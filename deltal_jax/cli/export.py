@@ -1,10 +1,10 @@
-"""Write the newest checkpoint of a run as a Hugging Face folder: safetensors, config, tokenizer."""
+"""Write a checkpoint of a run as a Hugging Face folder: safetensors, config, tokenizer."""
 
 import argparse
 import json
 from pathlib import Path
 
-from deltal_jax.cli.options import add_base, moved_base
+from deltal_jax.cli.options import add_base, add_step, moved_base, parse_steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of a run with adapters: a whole model, not the adapters in PEFT's format",
     )
+    add_step(parser)
     add_base(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
 
@@ -37,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     folder = Path(arguments.to)
     huggingface.check_new(folder)
-    source = load_trained(Path(arguments.run), moved_base(arguments.base))
+    steps = parse_steps(arguments.step, several=False)
+    source = load_trained(Path(arguments.run), moved_base(arguments.base), steps)
     setup, params = source.setup, source.params
     lora = setup.architecture.lora
     if arguments.merge and lora is None:

@@ -1,9 +1,12 @@
 """Options that several commands have."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltal_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from deltal_jax.training.trained import Steps
 
 
 def check_seed(seed: int) -> None:
@@ -19,6 +22,29 @@ def add_base(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="of a run with adapters: where the model beside them is now",
     )
+
+
+def add_step(parser: argparse.ArgumentParser) -> None:
+    """--step, for one checkpoint of a run."""
+    parser.add_argument(
+        "--step",
+        metavar="N|best",
+        help="the checkpoint after this RL step of the run, or the best by its own evaluations; "
+        "default: the newest",
+    )
+
+
+def parse_steps(text: str | None, *, several: bool = True) -> "Steps":
+    """The steps that --step means. Raises UserError for what are none, or not one."""
+    if text is None or text == "best" or (text == "all" and several):
+        return text
+    steps = [int(part) if part.isascii() and part.isdigit() else -1 for part in text.split(",")]
+    if min(steps) < 0 or len(set(steps)) < len(steps) or (len(steps) > 1 and not several):
+        wanted = "neither all, best nor RL steps such as 50,100"
+        raise UserError(
+            f"--step: {text!r} is {wanted if several else 'neither best nor an RL step'}"
+        )
+    return steps
 
 
 def moved_base(base: str | None) -> dict[str, Any]:

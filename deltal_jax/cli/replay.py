@@ -77,8 +77,8 @@ def _verdict(dump: "Dump", found: "Replayed") -> str:
     compared = sum(was is not None for was, _ in found.figures.values())
     if not compared:
         return "nothing to compare with: the run ended before these updates did"
-    if not dump.exact:
-        return f"under these overrides equal to rounding at best; {len(found.differing)} differ"
+    if dump.inexact:
+        return f"{dump.inexact} equal to rounding at best; {len(found.differing)} differ"
     if found.differing:
         return f"{len(found.differing)} of {compared} figures differ from those recorded"
     return f"all {compared} figures are bit for bit those recorded"

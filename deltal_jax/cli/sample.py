@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltal_jax.cli.options import add_base, check_seed, moved_base
+from deltal_jax.cli.options import add_base, add_step, check_seed, moved_base, parse_steps
 from deltal_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object (a turn), nothing else"
     )
+    add_step(parser)
     add_base(parser)
     text = parser.add_argument_group("text from a checkpoint folder")
     text.add_argument(
@@ -87,6 +88,8 @@ def _check(arguments: argparse.Namespace) -> None:
                 option = "--" + name.replace("_", "-")
                 raise UserError(f"{option}: needs --model FOLDER, not a run folder")
         return
+    if arguments.step is not None:
+        raise UserError("--step: only a run has steps; leave it out")
     if arguments.run is not None:
         raise UserError(f"--model: takes no RUN beside it, got {arguments.run!r}; name one of them")
     if arguments.prompt is None and not arguments.chat:
@@ -113,7 +116,8 @@ def _ask_run(arguments: argparse.Namespace) -> int:
     from deltal_jax.training.trained import load_trained
 
     check_seed(arguments.seed)
-    trained = load_trained(Path(arguments.run), moved_base(arguments.base))
+    steps = parse_steps(arguments.step, several=False)
+    trained = load_trained(Path(arguments.run), moved_base(arguments.base), steps)
     setup, config = trained.setup, trained.setup.config
     if arguments.problem is None:
         problem = setup.task.held_out(arguments.seed % 512 + 1)[-1]

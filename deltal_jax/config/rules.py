@@ -76,6 +76,12 @@ def check(config: Config) -> None:
     _check_rollout(config)
     if config.checkpoint.keep_best and not config.evaluate.every:
         raise UserError("checkpoint.keep_best: nothing is evaluated on the way; set evaluate.every")
+    folder = config.checkpoint.dir or ""
+    if "://" in folder and not folder.startswith("gs://"):
+        raise UserError(
+            f"checkpoint.dir: {folder}: Orbax writes arrays to folders and to gs:// alone; mount "
+            "the bucket as a folder"
+        )
     warn, stop = config.guard.mismatch_warn, config.guard.mismatch_stop
     if warn is not None and stop is not None and stop < warn:
         raise UserError(f"guard.mismatch_stop: {stop:g} is below guard.mismatch_warn={warn:g}")

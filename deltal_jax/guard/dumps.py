@@ -19,12 +19,15 @@ from deltal_jax.checkpoints.reader import SavedSteps
 from deltal_jax.checkpoints.store import Checkpoints
 from deltal_jax.config import dump_config, load_config
 from deltal_jax.errors import UserError
+from deltal_jax.parallel.mesh import describe_mesh
 from deltal_jax.parallel.processes import is_first, on_first
 from deltal_jax.training import run_folder
 from deltal_jax.training.collect import Collected, arrays_of, load_collected
+from deltal_jax.training.devices import lacking_devices
+from deltal_jax.training.opening import MESH
 from deltal_jax.training.setup import Setup, make_setup, save_model_files
 from deltal_jax.training.step import Meters, UpdateReport
-from deltal_jax.training.trained import restore_state
+from deltal_jax.training.trained import ONE_DEVICE, restore_state
 from deltal_jax.types import TrainState
 
 DUMPS = "dumps"
@@ -62,8 +65,13 @@ class Dump:
     state: TrainState
     batch: Collected
     record: Record
-    #: Whether a replay must give the same bits: no override changes a rounding.
-    exact: bool
+    #: Why a replay need not give the same bits; empty: it must.
+    inexact: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether a replay must give the same bits."""
+        return not self.inexact
 
 
 def save_dump(
@@ -79,7 +87,8 @@ def save_dump(
 
     on_first(begin)
     with contextlib.closing(Checkpoints(folder / run_folder.CHECKPOINTS, 1)) as checkpoints:
-        position = Position("rl", record.step - 1, 0, 0)
+        running = {MESH: describe_mesh(setup.mesh)}
+        position = Position("rl", record.step - 1, 0, 0, running)
         checkpoints.save(record.step, state, position, {"batch": arrays_of(batch)})
     save_record(folder, record)
 
@@ -102,7 +111,8 @@ def save_record(folder: Path, record: Record) -> None:
 def load_dump(folder: Path, overrides: dict[str, Any]) -> Dump:
     """Read a dump, under overrides of its config.
 
-    Raises UserError where it is none, or not complete, or an override changes what is computed.
+    A mesh for which there are too few devices here is left for one of them. Raises UserError where
+    it is none, or not complete, or an override changes what is computed.
     """
     if not (folder / RECORD).is_file():
         raise UserError(
@@ -115,13 +125,19 @@ def load_dump(folder: Path, overrides: dict[str, Any]) -> Dump:
                 f"{name}: a replay computes what the step did; it takes {', '.join(ROUNDINGS)}"
             )
     config = load_config(folder / run_folder.CONFIG, overrides)
+    if lacking_devices(config):
+        config = load_config(folder / run_folder.CONFIG, ONE_DEVICE | overrides)
     setup = make_setup(config, folder / run_folder.MODEL)
     record = _load_record(json.loads((folder / RECORD).read_text(encoding="utf-8")))
     saved = SavedSteps(folder / run_folder.CHECKPOINTS)
-    state = restore_state(saved, record.step, setup, saved.read_position(record.step))
+    position = saved.read_position(record.step)
+    state = restore_state(saved, record.step, setup, position)
     batch = load_collected(saved.read_rollouts(record.step)["batch"])
-    exact = not any(name.startswith(ROUNDINGS) for name in overrides)
-    return Dump(setup, state, batch, record, exact)
+    before, now = position.running.get(MESH), describe_mesh(setup.mesh)
+    inexact = "under these overrides" * any(name.startswith(ROUNDINGS) for name in overrides)
+    if before not in (None, now):
+        inexact = f"on {now}, and not on {before},"
+    return Dump(setup, state, batch, record, inexact)
 
 
 def _load_record(plain: dict[str, Any]) -> Record:

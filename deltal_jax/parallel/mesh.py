@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from deltal_jax.errors import UserError
 
@@ -46,12 +46,13 @@ def make_mesh(
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def describe_mesh(mesh: Mesh | None) -> str:
+def describe_mesh(mesh: Mesh | AbstractMesh | None) -> str:
     """The sizes, such as `data 2 × fsdp 4: 8 devices in 2 processes`; None: one device."""
     if mesh is None:
         return "one device"
     sizes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    processes = len({device.process_index for device in mesh.devices.flat})
+    devices = mesh.devices.flat if isinstance(mesh, Mesh) else ()
+    processes = len({device.process_index for device in devices})
     where = f" in {processes} processes" if processes > 1 else ""
     return f"{sizes or 'data 1'}: {mesh.size} devices{where}"
 

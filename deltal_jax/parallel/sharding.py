@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from deltal_jax.model.lora import TARGETS
 from deltal_jax.types import Bucket
@@ -64,7 +64,9 @@ MESH_AXES: dict[str, str | None] = {
 ROW_AXES = ("data", "fsdp")
 
 
-def parameter_shardings(mesh: Mesh, params: Any, *, gathered: tuple[str, ...] = ()) -> Any:
+def parameter_shardings(
+    mesh: Mesh | AbstractMesh, params: Any, *, gathered: tuple[str, ...] = ()
+) -> Any:
     """The sharding of each parameter, as a pytree of NamedSharding; whole over the mesh axes
     `gathered`.
 
@@ -129,7 +131,7 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """How many parts `row_sharding` splits rows into; rows of a bucket are a multiple of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -158,7 +160,9 @@ def shard_bucket(mesh: Mesh, bucket: Bucket) -> Bucket:
 
 
 def _shardings(
-    mesh: Mesh, tree: Any, axes_of: Callable[[str, tuple[int, ...]], tuple[str, ...] | None]
+    mesh: Mesh | AbstractMesh,
+    tree: Any,
+    axes_of: Callable[[str, tuple[int, ...]], tuple[str, ...] | None],
 ) -> Any:
     """`axes_of` gives the logical axes by path and shape; None: unknown."""
 
@@ -174,7 +178,9 @@ def _shardings(
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def _spec(mesh: Mesh, logical: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
+def _spec(
+    mesh: Mesh | AbstractMesh, logical: tuple[str, ...], shape: tuple[int, ...]
+) -> PartitionSpec:
     """The mesh axis of each dimension, None where it does not divide it."""
     axes = (MESH_AXES[name] for name in logical)
     pairs = zip(axes, shape, strict=True)

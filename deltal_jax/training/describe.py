@@ -3,7 +3,7 @@
 import math
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from deltal_jax.config import Advantage, Aggregation, Config, Correction
 from deltal_jax.model.architecture import Architecture
@@ -214,7 +214,9 @@ def describe_task(task: Task) -> str:
     return "\n".join(part.summary for part in parts if getattr(part, "summary", ""))
 
 
-def describe_model(config: Config, arch: Architecture, mesh: Mesh | None = None) -> str:
+def describe_model(
+    config: Config, arch: Architecture, mesh: Mesh | AbstractMesh | None = None
+) -> str:
     """Parameters, the types that they, the activations and the moments have, and the devices."""
     model, total, own = config.model, parameter_count(arch), _trained_count(arch)
     if config.lora.rank:
@@ -267,7 +269,7 @@ def _trained_count(arch: Architecture) -> int:
     return sum(x.size for x in jax.tree.leaves(trained(abstract_params(arch))))
 
 
-def _held(arch: Architecture, mesh: Mesh | None) -> tuple[int, int]:
+def _held(arch: Architecture, mesh: Mesh | AbstractMesh | None) -> tuple[int, int]:
     """Numbers that each device holds: of the trained parameters, and of the others."""
     every = abstract_params(arch)
     if mesh is not None:
@@ -279,7 +281,9 @@ def _held(arch: Architecture, mesh: Mesh | None) -> tuple[int, int]:
     return own, all_ - own
 
 
-def memory_estimate(config: Config, arch: Architecture, mesh: Mesh | None = None) -> dict[str, int]:
+def memory_estimate(
+    config: Config, arch: Architecture, mesh: Mesh | AbstractMesh | None = None
+) -> dict[str, int]:
     """Bytes that a step needs on each of its devices, by part; an estimate from shapes and
     types."""
     model, (own, frozen) = config.model, _held(arch, mesh)
@@ -306,7 +310,9 @@ def memory_estimate(config: Config, arch: Architecture, mesh: Mesh | None = None
     return parts | {"total": sum(parts.values())}
 
 
-def sampling_parts(config: Config, arch: Architecture, mesh: Mesh | None = None) -> dict[str, int]:
+def sampling_parts(
+    config: Config, arch: Architecture, mesh: Mesh | AbstractMesh | None = None
+) -> dict[str, int]:
     """What sampling takes on a device by `rollout.checks.sampling_memory`, in bytes; on those of
     the mesh that trains, unless others sample."""
     rollout, rl = config.rollout, config.rl

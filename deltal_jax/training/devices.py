@@ -1,11 +1,13 @@
 """Which devices train and which sample, from a config."""
 
+import math
+
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from deltal_jax.config import Config, MeshConfig
 from deltal_jax.errors import UserError
-from deltal_jax.parallel.mesh import make_mesh
+from deltal_jax.parallel.mesh import AXES, make_mesh
 from deltal_jax.parallel.sharding import row_shards
 
 
@@ -26,15 +28,35 @@ def make_training_mesh(config: Config) -> Mesh | None:
         return None
     make_sampling_mesh(config)  # leaves some
     devices = jax.devices()[: jax.device_count() - sampling]
-    given = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
-    sizes = (1, -1, 1) if given == (None,) * 3 else (size or 1 for size in given)
+    sizes = (1, -1, 1) if config.mesh == MeshConfig() else _sizes(config)
     found = make_mesh(*sizes, devices=devices)
-    if config.rollout.slots % row_shards(found):
+    _check_slots(config, found)
+    return found if several or found.size > 1 else None
+
+
+def lacking_devices(config: Config) -> int:
+    """How many devices a run needs, where there are fewer here; otherwise 0."""
+    needed = math.prod(abs(size) for size in _sizes(config)) + (config.rollout.devices or 0)
+    return needed if needed > jax.device_count() else 0
+
+
+def shape_of_mesh(config: Config) -> AbstractMesh | None:
+    """What `make_training_mesh` finds on a machine with just the devices that are needed."""
+    mesh = AbstractMesh(tuple(abs(size) for size in _sizes(config)), AXES)
+    _check_slots(config, mesh)
+    return mesh if mesh.size > 1 else None
+
+
+def _sizes(config: Config) -> tuple[int, int, int]:
+    return config.mesh.data or 1, config.mesh.fsdp or 1, config.mesh.tensor or 1
+
+
+def _check_slots(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    if config.rollout.slots % row_shards(mesh):
         raise UserError(
             f"rollout.slots: {config.rollout.slots} do not split over the mesh's "
-            f"{row_shards(found)} devices of data × fsdp"
+            f"{row_shards(mesh)} devices of data × fsdp"
         )
-    return found if several or found.size > 1 else None
 
 
 def make_sampling_mesh(config: Config) -> Mesh | None:

@@ -202,8 +202,10 @@ def _run_phases(run: Run, newest: int | None, position: Position) -> tuple[int, 
             run.evaluate(evaluator, state, 0)
             run.improved(0)  # refuses a metric that no evaluation has before any step
             run.save(state, "rl", 0)
-        elif run.running.get(OWED):
-            run.evaluate_saved(evaluator, state, step)
+        else:
+            owed = run.running.pop(OWED, False)
+            if run.evaluates(step) and (owed or not run.scheduled(step)):
+                run.evaluate_saved(evaluator, state, step)
         if run.stop.asked():
             raise _Interrupted(step)
         rollouts = {} if newest is None else run.checkpoints.read_rollouts(newest)
@@ -299,7 +301,7 @@ def _reinforce(
         with run.writing("RL", step):
             run.writer.write(step, "rl", metrics)
         must_stop = watch.finish(metrics)
-        if config.evaluate.every and step % config.evaluate.every == 0:
+        if run.evaluates(step):
             accuracy = run.evaluate(evaluator, state, step)
         saving = 0.0
         due = config.checkpoint.every and step % config.checkpoint.every == 0
@@ -320,8 +322,6 @@ def _reinforce(
         if stops and step < config.rl.steps:
             raise _Interrupted(step)
     last = max(done, config.rl.steps)
-    if last and not (config.evaluate.every and last % config.evaluate.every == 0):
-        run.evaluate(evaluator, state, last)
     if OWED in run.running:
         raise _Interrupted(last)
     return last

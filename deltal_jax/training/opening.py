@@ -132,7 +132,7 @@ def open_checkpoints(
         config.keep_last,
         config.keep_every,
         config.keep_best,
-        config.best_metric or f"eval/{setup.task.name}/avg_at_k",
+        run_folder.best_metric(setup.config, setup.task.name),
     )
     model = folder / run_folder.MODEL
     origin = {

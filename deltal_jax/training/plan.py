@@ -2,10 +2,9 @@
 
 import dataclasses
 
-import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
-from deltal_jax.config import Config
+from deltal_jax.config import Config, MeshConfig
 from deltal_jax.model import huggingface
 from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.hub import find_checkpoint, is_here
@@ -13,7 +12,7 @@ from deltal_jax.model.published import PUBLISHED
 from deltal_jax.tasks.base import Task
 from deltal_jax.tasks.catalog import make_task
 from deltal_jax.tasks.files import missing_files
-from deltal_jax.training.devices import make_training_mesh
+from deltal_jax.training.devices import lacking_devices, make_training_mesh, shape_of_mesh
 from deltal_jax.training.setup import check_config, check_setup, make_architecture, make_setup
 
 
@@ -28,7 +27,7 @@ class Plan:
     #: What is not here, and so was not checked; a line each.
     notes: list[str]
     #: The devices that train, if it is not one.
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
 
 
 def make_plan(config: Config) -> Plan:
@@ -37,7 +36,7 @@ def make_plan(config: Config) -> Plan:
     Nothing is fetched for a published model whose shape is known. Raises UserError for what a run
     would refuse, and where a new model's tokenizer needs files that are not here.
     """
-    model, devices, notes = config.model, config.rollout.devices, []
+    model, notes, mesh = config.model, [], None
     missing = missing_files(config.task)
     if missing:
         notes.append(f"note: not here, so not checked: {', '.join(missing)}")
@@ -45,17 +44,21 @@ def make_plan(config: Config) -> Plan:
     published = PUBLISHED.get(model.path or "") if away else None
     if published is not None:
         notes.append(f"note: {model.path} is not here; its shape is known, a run fetches the rest")
-    few = devices is not None and devices >= jax.device_count()
-    if few:
-        notes.append(f"note: there are not {devices} devices here, and one more that trains")
-    if model.path is None or not notes:
-        setup = make_setup(config)
-        check_setup(setup)
-        return Plan(config, setup.architecture, setup.task, [], setup.mesh)
+    here = config
+    if lacking := lacking_devices(config):  # a plan for another machine
+        rest = "; -1, the rest, counts as 1" if -1 in vars(config.mesh).values() else ""
+        notes.append(f"note: not {lacking} devices here, so their memory is not checked{rest}")
+        mesh = shape_of_mesh(config)
+        alone = dataclasses.replace(config.rollout, devices=None)
+        here = dataclasses.replace(config, mesh=MeshConfig(), rollout=alone)
+    if model.path is None or not (missing or published):
+        setup = make_setup(here)
+        check_setup(setup, memory=not lacking)
+        return Plan(config, setup.architecture, setup.task, notes, mesh or setup.mesh)
     if published is None:
         published = huggingface.read_config(find_checkpoint(model.path, model.revision))
     check_config(config, published)
     architecture = make_architecture(config, 0, published)
-    mesh = None if few else make_training_mesh(config)
+    mesh = mesh if lacking else make_training_mesh(config)
     task = None if missing else make_task(config.task)
     return Plan(config, architecture, task, notes, mesh)

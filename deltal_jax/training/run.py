@@ -67,6 +67,8 @@ class Run:
     running: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: What the last evaluation found, and after which RL step.
     evaluated: tuple[int, dict[str, float]] = (-1, {})
+    #: Where in the metrics a line stands that a run with more steps would not have.
+    cut: dict[int, int] = dataclasses.field(default_factory=dict)
     tracing: bool = False
 
     def save(
@@ -84,9 +86,8 @@ class Run:
         started = time.perf_counter()
         number = step + (self.setup.config.sft.steps if phase == "rl" else 0)
         next_prompt = 0 if batches is None else batches.next_prompt
-        position = Position(
-            phase, step, next_prompt, self.writer.bytes_written, copy.deepcopy(self.running)
-        )
+        written = self.cut.get(step, self.writer.bytes_written)
+        position = Position(phase, step, next_prompt, written, copy.deepcopy(self.running))
         rollouts = None if batches is None else batches.saved()
         if self.journal is not None and (complete := self.checkpoints.all()):
             # From the last but one on: the last may turn out to be damaged.
@@ -127,8 +128,8 @@ class Run:
         return bool(found) and self.checkpoints.among_best(found)
 
     def evaluate_saved(self, engine: RolloutEngine, state: TrainState, step: int) -> None:
-        """The evaluation that a signal left to the resumed run: it goes with the checkpoint after
-        that RL step, which may be one of the best."""
+        """The evaluation that a signal left to the resumed run, or that of the end, whose line was
+        cut off: it goes with the checkpoint after that RL step, which may be one of the best."""
         self.evaluate(engine, state, step)
         if found := self._found(step):
             with self.writing("RL", step):
@@ -137,6 +138,16 @@ class Run:
     def _found(self, step: int) -> dict[str, float]:
         """What an evaluation after this RL step found; empty where there was none."""
         return self.evaluated[1] if self.evaluated[0] == step else {}
+
+    def scheduled(self, step: int) -> bool:
+        """Whether there is an evaluation after this RL step however many follow."""
+        every = self.setup.config.evaluate.every
+        return not step or (every > 0 and step % every == 0)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether there is an evaluation after this RL step: a scheduled one, or that of the end,
+        which is not there any more for a run that goes on."""
+        return self.scheduled(step) or step >= self.setup.config.rl.steps
 
     def evaluate(self, engine: RolloutEngine, state: TrainState, step: int) -> float:
         """Evaluate on the held-out problems, write and say what was found; returns the accuracy.
@@ -153,6 +164,8 @@ class Run:
             return float("nan")
         del self.running[OWED]
         seconds = {"time/evaluate": time.perf_counter() - clock}
+        if not self.scheduled(step):
+            self.cut = {step: self.writer.bytes_written}
         self.evaluated = step, result.metrics
         config = self.setup.config.evaluate
         with self.writing("RL", step):

@@ -176,6 +176,11 @@ def checkpoints_folder(folder: Path, config: Config) -> epath.Path:
     return epath.Path(config.checkpoint.dir or folder / CHECKPOINTS)
 
 
+def best_metric(config: Config, task: str) -> str:
+    """What the best checkpoints have most of; `task` is its own name."""
+    return config.checkpoint.best_metric or f"eval/{task}/avg_at_k"
+
+
 def model_files(folder: Path) -> Path | None:
     """Where the run keeps its tokenizer and the config of its model; None before it has them."""
     return folder / MODEL if (folder / MODEL).is_dir() else None

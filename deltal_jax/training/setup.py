@@ -113,18 +113,18 @@ def save_model_files(setup: Setup, folder: Path) -> None:
             huggingface.write_json(partial / BASE, fingerprint(find_base(setup)))
 
 
-def check_setup(setup: Setup, *, weights: bool = True) -> None:
+def check_setup(setup: Setup, *, weights: bool = True, memory: bool = True) -> None:
     """Raises UserError for what only the parts can tell: no held-out problem, too long a prompt or
     response, an option that the surrogate does not take, rewards that cannot be loaded, weights
-    that do not fit."""
+    that do not fit, too little memory."""
     config = setup.config
     check_config(config, setup.checkpoint_config)
-    sampling = make_sampling_mesh(config) or setup.mesh
     if config.model.path is not None and weights:
         base = dataclasses.replace(setup.architecture, lora=None)
         huggingface.check_tensors(find_base(setup), base)
     rollout = config.rollout
-    if rollout.engine == "jax":  # before a warm-up, not after it
+    if memory and rollout.engine == "jax":  # before a warm-up, not after it
+        sampling = make_sampling_mesh(config) or setup.mesh
         parts = sampling_parts(config, setup.architecture, setup.mesh)
         check_memory(rollout.slots, parts, free_memory(sampling and sampling.local_devices))
     encode_problems(setup, setup.task.held_out(config.evaluate.problems))

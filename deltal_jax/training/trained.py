@@ -12,8 +12,9 @@ from typing import Any, Literal
 import jax
 
 from deltal_jax.backend import enable_compile_cache
-from deltal_jax.checkpoints.manifest import Position
+from deltal_jax.checkpoints.manifest import Damaged, Position, read_manifest
 from deltal_jax.checkpoints.reader import SavedSteps, abstract_state
+from deltal_jax.checkpoints.retention import Keep, Saved, best
 from deltal_jax.config import MeshConfig, ModelConfig, load_config
 from deltal_jax.config.rules import SHAPE
 from deltal_jax.errors import UserError
@@ -45,13 +46,14 @@ class Trained:
 
 #: Fields of a config that has no mesh of its own.
 ONE_DEVICE = {f"mesh.{field.name}": None for field in dataclasses.fields(MeshConfig)}
-#: Which RL steps of a run; None: its newest checkpoint, of whatever phase.
-Steps = Sequence[int] | Literal["all"] | None
+#: Which RL steps of a run; "best": by its own evaluations; None: its newest checkpoint, of whatever
+#: phase.
+Steps = Sequence[int] | Literal["all", "best"] | None
 
 
-def load_trained(folder: Path, overrides: dict[str, Any]) -> Trained:
-    """The newest checkpoint of a run folder. Raises UserError where there is none."""
-    with contextlib.closing(load_steps(folder, overrides, None)) as found:
+def load_trained(folder: Path, overrides: dict[str, Any], steps: Steps = None) -> Trained:
+    """A checkpoint of a run folder, the first of these. Raises as `load_steps`."""
+    with contextlib.closing(load_steps(folder, overrides, steps)) as found:
         return next(found)
 
 
@@ -69,6 +71,8 @@ def load_steps(
     checkpoints = SavedSteps(run_folder.checkpoints_folder(folder, config))
     numbers = _numbers(folder, checkpoints, steps, config.sft.steps)
     setup = make_setup(config, run_folder.model_files(folder))
+    if steps == "best":
+        numbers = _best(checkpoints, numbers, run_folder.best_metric(config, setup.task.name))
     changed = [name for name in overrides if name.split(".")[0] == "task"]
     if changed:
         _check_words(setup, ", ".join(changed))
@@ -114,13 +118,30 @@ def _numbers(folder: Path, checkpoints: SavedSteps, steps: Steps, warm_up: int) 
             print(f"note: checkpoint {number} is damaged: {what}", file=sys.stderr)
         return [] if newest is None else [newest]
     known = [step for step in found if step >= 0]
-    for step in () if steps == "all" else steps:
+    if steps in ("all", "best"):
+        return [step + warm_up for step in known]
+    for step in steps:
         if step not in known:
             raise UserError(
                 f"--step: {folder} has no checkpoint after RL step {step}, but after "
                 f"{', '.join(map(str, known)) or 'none'}; checkpoint.keep_last says how many stay"
             )
-    return [step + warm_up for step in (known if steps == "all" else steps)]
+    return [step + warm_up for step in steps]
+
+
+def _best(checkpoints: SavedSteps, numbers: Sequence[int], metric: str) -> list[int]:
+    """Of these the one with the best evaluation. Raises UserError where none has any."""
+    saved = {}
+    for number in numbers:
+        with contextlib.suppress(Damaged):
+            saved[number] = Saved(None, read_manifest(checkpoints.path(number)).metrics)
+    found = best(saved, Keep(best=1, metric=metric))
+    if not found:
+        raise UserError(
+            f"--step: no checkpoint in {checkpoints.folder} has an evaluation with {metric!r}; "
+            "checkpoint.keep_best keeps some"
+        )
+    return found
 
 
 def _check_words(setup: Setup, fields: str) -> None:
