@@ -6,7 +6,7 @@ end alike.
 Processes are forked from this one, which has imported what they need and started no backend: that
 halves what a restart costs. They are killed by SIGKILL, from outside at moments drawn with a seed,
 and by themselves at each fail-point. Of two, one is killed or both; who is left has to end by
-itself. Each is what `deltal train` starts as a child: `tests/test_two_hosts.py` has the
+itself. Each is what `deltal train` starts as a child: `tests/test_train_on_meshes.py` has the
 parents.
 """
 
