@@ -8,17 +8,19 @@ import sys
 
 import pytest
 
+from deltal_jax.checkpoints.reader import SavedSteps
 from deltal_jax.guard.failpoints import VARIABLE
-from deltal_jax.guard.supervise import _newest
+from deltal_jax.training.run_folder import CHECKPOINTS
 from tests.processes import ROOT, among, reserved_port
 from tests.runs import TINY, assert_same, copied
 
 STEPS = 5
+REFUSED = "nothing of the data is here"
 #: What a process does beside is in its environment.
-REWARD = """
+REWARD = f"""
 import os, signal, time
 if os.environ.get("DO") == "refuse":
-    raise OSError("nothing of the data is here")
+    raise OSError("{REFUSED}")
 def reward(prompts, responses, answers):
     if os.environ.pop("DO", "") == "stop":
         os.kill(os.getppid(), signal.SIGTERM)
@@ -74,14 +76,12 @@ def test_two_hosts_of_which_one_is_lost_refuses_or_is_stopped_end_as_two_that_ar
     resume = f"deltal train run.dir={run} --resume"
     again = f"run.dir={run}", "--resume"
 
-    # In the middle of the second step from there, its checkpoint is the last.
+    # Killed in the middle of the second step from there.
     codes, said = train(port, whole.parent, *again, second={VARIABLE: "update:3"})
     assert codes == [1, 1]
-    kept = _newest(str(run / "checkpoints"), resume)
-    assert re.match("newest complete checkpoint: [34]; go on with: ", kept)
-    for number in range(2):
-        print(said[number])
-    assert said[1].splitlines()[-1] == f"deltal: process 1 was ended by SIGKILL; {kept}"
+    kept = f"newest complete checkpoint: {SavedSteps(run / CHECKPOINTS).newest()}; go on with: "
+    kept += resume
+    assert said[1].splitlines() == [f"deltal: process 1 was ended by SIGKILL; {kept}"]
     found = said[0].splitlines()
     assert found[-1] == f"deltal: process 0 failed with exit code 1; {kept}"
     assert found[-2].startswith("deltal: process 0 lost another one and ends: INTERNAL: ")
@@ -89,13 +89,16 @@ def test_two_hosts_of_which_one_is_lost_refuses_or_is_stopped_end_as_two_that_ar
 
     codes, said = train(port, whole.parent, *again, second={"DO": "refuse"})
     assert codes == [2, 2]
-    for number in range(2):
-        print(said[number])
+    line = f"deltal: task.rewards: {whole.parent / 'rewards.py'} fails: OSError: {REFUSED}"
+    assert [text.splitlines() for text in said] == [[f"{line} (in process 1)"], [line]]
 
     codes, said = train(port, whole.parent, *again, second={"DO": "stop"})
-    for number in range(2):
-        print(said[number])
     assert codes == [0, 0]
+    newest = SavedSteps(run / CHECKPOINTS).newest()
+    assert newest is not None and newest < STEPS + TINY["sft.steps"] and said[1] == ""
+    kept = f"saved after RL step {newest - TINY['sft.steps']} (checkpoint {newest}); go on with: "
+    assert re.fullmatch("stopped by SIGTERM in .*", said[0].splitlines()[-1])
+    assert said[0].splitlines()[-1].endswith(kept + resume)
 
     codes, said = train(port, whole.parent, *again)
     assert codes == [0, 0], said
