@@ -1,4 +1,4 @@
-"""`deltal train` on two hosts, each a parent and its child: one is lost, one refuses its data, one is
+"""`deltal train` on two hosts, each a parent and its child: one is lost, refuses its data or is
 stopped; in the end the run is as if nothing had been."""
 
 import json
