@@ -1,11 +1,7 @@
-"""Whole runs on meshes and on two hosts: those of one device, and resumed bit for bit, though a
-host is lost, refuses its data or is stopped."""
+"""Whole runs on meshes and on two processes: those of one device, and resumed bit for bit."""
 
 import json
-import os
-import re
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +12,13 @@ from deltal_jax.config import ModelConfig, load_config
 from deltal_jax.config.rules import SHAPE
 from deltal_jax.errors import UserError
 from deltal_jax.guard.dumps import DUMPS, load_dump
-from deltal_jax.guard.failpoints import VARIABLE
 from deltal_jax.guard.replay import replay
+from deltal_jax.parallel.processes import gather, is_first, on_first
 from deltal_jax.training.setup import init_params, make_setup, make_update
 from deltal_jax.training.sft import demonstration_batches
 from deltal_jax.training.trained import ONE_DEVICE, root_key
 from tests import fakes, small_tokenizers
-from tests.processes import ROOT, among, reserved_port
+from tests.processes import run_processes
 from tests.runs import TINY, assert_same, copied, mixed_reward, timeless
 from tests.test_resume import rough_reward
 
@@ -43,21 +39,6 @@ ALL = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 AHEAD = {"rollout.ahead": 1, "objective.importance_correction": "token_truncate"}
 DATA = ONE_DEVICE | {"mesh.data": 8}
 
-REFUSED = "nothing of the data is here"
-#: `mixed_reward`; what a host does beside is in its environment.
-REWARD = f"""
-import os, signal, time
-from deltal_jax.guard import signals
-if os.environ.get("DO") == "refuse":
-    raise OSError("{REFUSED}")
-def reward(prompts, responses, answers):
-    if os.environ.pop("DO", "") == "stop":
-        os.kill(os.getppid(), signal.SIGTERM)
-        while signals._listening[0].asked_by is None:
-            time.sleep(0.01)
-    return [sum(map(ord, response)) % 5 / 4 for response in responses]
-"""
-
 
 def run_on(folder, mesh, **options):
     """A run, or the rest of one; the responses that it was rewarded for, in their order."""
@@ -73,9 +54,9 @@ def run_on(folder, mesh, **options):
     return seen
 
 
-def assert_close(folder, one, lines=None):
+def assert_close(folder, one):
     """Losses and gradients to rounding; in which slot what was sampled is another matter."""
-    lines, want = timeless(folder)[:lines], timeless(one)[:lines]
+    lines, want = timeless(folder), timeless(one)
     assert [(x["phase"], x["step"]) for x in lines] == [(x["phase"], x["step"]) for x in want]
     for line, other in zip(lines, want, strict=True):
         for name in ("policy/loss", "optim/grad_norm", "policy/kl", "length/mean"):
@@ -180,81 +161,31 @@ def test_a_warm_up_step_on_a_mesh_is_that_of_one_device():
     assert metrics == pytest.approx(want, rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def port():
-    with reserved_port() as port:
-        yield port
+def in_two_processes(folder):
+    """In each: a whole run, whose steps are kept for replay, and one that is resumed after its
+    first step."""
+    whole, resumed = Path(folder) / "whole", Path(folder) / "resumed"
+    seen = [run_on(whole, {"guard.dump_steps": [1, 2]})]
+    on_first(lambda: str(copied(whole, resumed, 1)))
+    seen.append(run_on(resumed, {}, resume=True))
+    shares = gather(seen)
+    return {"seen": np.asarray(json.dumps(shares)), "first": is_first()}
 
 
-def train_on_hosts(port, folder, *items, second=None):
-    """`deltal train` on two hosts, the second one with more in its environment: their exit codes,
-    and what each said on standard error."""
-    hosts = []
-    for number in range(2):
-        environment = os.environ | among(port, 2, number) | ((second or {}) if number else {})
-        environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
-        command = [sys.executable, "-m", "deltal_jax.cli.main", "train", *items]
-        with (folder / f"{number}.stderr").open("w") as errors:
-            hosts.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=errors))
-    try:
-        codes = [host.wait(timeout=300) for host in hosts]
-    finally:
-        for host in hosts:
-            host.kill()  # which takes its child along
-    return codes, [(folder / f"{number}.stderr").read_text() for number in range(2)]
-
-
-@pytest.fixture(scope="module")
-def hosts(folder, port):
-    """A run on two hosts that nobody disturbs; two of its steps are kept for replay."""
-    (folder / "rewards.py").write_text(REWARD)
-    options = OPTIONS | {
-        "rl.steps": 3,
-        "guard.dump_steps": [1, 2],
-        "task.rewards": [f"{folder / 'rewards.py'}:reward"],
-        "run.dir": str(folder / "hosts"),
-    }
-    items = [f"{name}={json.dumps(value)}" for name, value in options.items()]
-    codes, said = train_on_hosts(port, folder, "countdown-tiny", *items)
-    assert codes == [0, 0], said
-    return folder / "hosts"
-
-
-@pytest.mark.usefixtures("responses")
-def test_a_run_on_two_hosts_is_that_of_one_device(hosts, folder):
-    assert_close(hosts, folder / "one", lines=3)  # an evaluation and two steps
-    assert len(list((hosts / "dumps").glob("*/record.json"))) == 2
-
-
-def test_hosts_of_which_one_is_lost_refuses_or_is_stopped_go_on_bit_for_bit(hosts, folder, port):
-    run = copied(hosts, folder / "disturbed", 1)
-    resume = f"deltal train run.dir={run} --resume"
-    again = f"run.dir={run}", "--resume"
-
-    # Killed in the middle of the second step.
-    codes, said = train_on_hosts(port, folder, *again, second={VARIABLE: "update:1"})
-    kept = f"newest complete checkpoint: 1; go on with: {resume}"
-    assert codes == [1, 1]
-    assert said[1].splitlines() == [f"deltal: process 1 was ended by SIGKILL; {kept}"]
-    found = said[0].splitlines()
-    assert found[-2].startswith("deltal: process 0 lost another one and ends: INTERNAL: ")
-    assert found[-1] == f"deltal: process 0 failed with exit code 1; {kept}"
-    assert "Traceback" not in said[0]
-
-    codes, said = train_on_hosts(port, folder, *again, second={"DO": "refuse"})
-    line = f"deltal: task.rewards: {folder / 'rewards.py'} fails: OSError: {REFUSED}"
-    assert codes == [2, 2]
-    assert [text.splitlines() for text in said] == [[f"{line} (in process 1)"], [line]]
-
-    codes, said = train_on_hosts(port, folder, *again, second={"DO": "stop"})
-    kept = f"saved after RL step 2 (checkpoint 2); go on with: {resume}"
-    assert codes == [0, 0]
-    assert re.fullmatch("stopped by SIGTERM in .*; go on with: .*", said[0].splitlines()[-1])
-    assert said[0].splitlines()[-1].endswith(f": {kept}") and said[1] == ""
-
-    codes, said = train_on_hosts(port, folder, *again)
-    assert codes == [0, 0], said
-    assert_same(run, hosts)
+def test_two_processes_run_and_resume_as_one_does(responses, folder, tmp_path):
+    target = "tests.test_train_on_meshes:in_two_processes"
+    results = run_processes(target, count=2, folder=str(tmp_path), timeout=300.0)
+    assert [bool(result["first"]) for result in results] == [True, False]
+    assert_close(tmp_path / "whole", folder / "one")
+    assert_same(tmp_path / "resumed", tmp_path / "whole")
+    assert len(list((tmp_path / "whole" / "dumps").glob("*/record.json"))) == 2
+    whole, resumed = zip(*json.loads(str(results[0]["seen"])), strict=True)
+    assert list(resumed) == [steps[1:] for steps in whole]
+    # Prompts are dealt out in turn, with the four responses to each.
+    for step, sampled in enumerate(responses["one"]):
+        shares = [share[step] for share in whole]
+        groups = [part[at : at + 4] for at in (0, 4) for part in shares]
+        assert [text for part in groups for text in part] == sampled
 
 
 @pytest.mark.parametrize(

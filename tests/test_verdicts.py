@@ -53,5 +53,5 @@ def test_all_processes_have_the_rewards_that_one_of_them_drew_and_the_failure_of
     np.testing.assert_array_equal(first["rewards"], want)
     assert np.isnan(want).any() and not np.isnan(want).all()
     assert first["saw"].tolist() == [f"response {i}" for i in (0, 1, 4, 5, 8, 9)]
-    assert first["said"] == "PeerError: no such table (in process 1)"
+    assert first["said"] == "PeerError: LookupError: no such table (in process 1)"
     assert second["said"] == "LookupError: no such table"

@@ -131,7 +131,8 @@ def all_failed(error: BaseException) -> bool:
 
 
 def _fail_alike(own: Exception | None) -> None:
-    said = [isinstance(own, UserError), str(own) or type(own).__name__] if own else None
+    known = isinstance(own, UserError)
+    said = own and [known, str(own) if known else f"{type(own).__name__}: {own}"]
     failures = gather(said)
     if own is not None:
         raise own
