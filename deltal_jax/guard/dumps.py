@@ -128,7 +128,7 @@ def load_dump(folder: Path, overrides: dict[str, Any]) -> Dump:
     if lacking_devices(config):
         config = load_config(folder / run_folder.CONFIG, ONE_DEVICE | overrides)
     setup = make_setup(config, folder / run_folder.MODEL)
-    record = _load_record(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    record = _load_record(run_folder.load_json(folder / RECORD, "replay another dump"))
     saved = SavedSteps(folder / run_folder.CHECKPOINTS)
     position = saved.read_position(record.step)
     state = restore_state(saved, record.step, setup, position)
