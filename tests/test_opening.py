@@ -75,7 +75,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(run):
 
 
 DAMAGES = {
-    "summary": ("summary.json", '{"data', "run.dir: .*/summary.json is damaged; delete it, or"),
+    "summary": ("summary.json", '{"data', ".*/summary.json: empty or damaged; delete it, or"),
     "config": ("config.yaml", "", "run.dir: .*/config.yaml is empty or damaged; bring it back$"),
     "metrics": ("metrics.jsonl", None, "run.dir: cannot write to .*/run: Is a directory$"),
 }

@@ -150,7 +150,7 @@ def _print_table(result) -> None:
     for name, order in result.monotonicity.items():
         if order is not None:
             label = f"monotonicity, {name}"
-            print(f"{label:24} {order:>{max(33 - max(len(label) - 24, 0), 6)}.3f}")
+            print(f"{label:24} {order:>{max(15 + width - max(len(label) - 24, 0), 6)}.3f}")
     print(f"\nwall time  {result.seconds:.0f} s\nrun        {result.run_dir}")
     if result.report is not None:
         print(f"report     {result.report}")

@@ -211,7 +211,7 @@ def load_json(path: Path, fix: str) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"run.dir: {path} is damaged; {fix}")
+        raise UserError(f"{path}: empty or damaged; {fix}")
     return found
 
 
