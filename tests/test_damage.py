@@ -239,8 +239,8 @@ def test_a_save_that_the_disk_has_no_room_for_harms_nothing_and_is_said_once(lim
         complete(checkpoints, 1, big(1))
         with small_files(limit), pytest.raises(SaveError) as failed:
             complete(checkpoints, 2, big(2))
-        said = f"checkpoint 2 could not be saved in {tmp_path / 'c'}: File too large; the last good"
-        assert str(failed.value) == f"{said} one is 1"
+        said = f"checkpoint 2 could not be saved in {tmp_path / 'c'}: File too large"
+        assert str(failed.value) == said
         assert checkpoints.all() == [1] and checkpoints.damage(1) is None
         complete(checkpoints, 2, big(2))
         assert sorted(os.listdir(tmp_path / "c")) == ["1", "2"]
@@ -255,11 +255,11 @@ def test_a_full_disk(tmp_path):
     try:
         with closing(Checkpoints(disk / "c")) as checkpoints:
             complete(checkpoints, 1, big(1))
-            with pytest.raises(SaveError, match=r"No space left on device; the last good one is 1"):
+            with pytest.raises(SaveError, match=r"No space left on device$"):
                 complete(checkpoints, 2, big(2))
             assert checkpoints.all() == [1] and checkpoints.damage(1) is None
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        checkpoints, said = Checkpoints(disk / "c"), r"2 could not .*: Read-only file system; the"
+        checkpoints, said = Checkpoints(disk / "c"), r"2 could not .*: Read-only file system$"
         with closing(checkpoints), pytest.raises(SaveError, match=said):
             complete(checkpoints, 2, state())
         with pytest.raises(UserError, match=r"^checkpoint.dir: cannot write .*: Read-only file s"):

@@ -14,6 +14,12 @@ def test_a_folder_without_a_record_is_no_dump(tmp_path):
         load_dump(tmp_path, {})
 
 
+def test_a_record_that_was_cut_off_is_said(tmp_path):
+    (tmp_path / RECORD).write_text('{"step": 1')
+    with pytest.raises(UserError, match=f"{RECORD}: empty or damaged; replay another dump$"):
+        load_dump(tmp_path, {})
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_a_step_computes_is_not_changed(name, tmp_path):
     (tmp_path / RECORD).write_text("{}")

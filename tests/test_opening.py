@@ -74,6 +74,25 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(run):
     assert (run / "metrics.jsonl").stat().st_size
 
 
+DAMAGES = {
+    "summary": ("summary.json", '{"data', ".*/summary.json: empty or damaged; delete it, or"),
+    "config": ("config.yaml", "", "run.dir: .*/config.yaml is empty or damaged; bring it back$"),
+    "metrics": ("metrics.jsonl", None, "run.dir: cannot write to .*/run: Is a directory$"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_run_folder_that_cannot_be_used_is_refused_in_one_line(case, run):
+    name, text, said = DAMAGES[case]
+    (run / name).unlink(missing_ok=True)
+    if text is None:
+        (run / name).mkdir()
+    else:
+        (run / name).write_text(text)
+    with pytest.raises(UserError, match=f"^{said}"):
+        train(None, {"run.dir": str(run)}, resume=True, quiet=True)
+
+
 def test_what_may_change_on_resume_is_not_what_a_checkpoint_refuses():
     """A run that stopped for want of groups may look longer, or fill up."""
     options = {"rollout.dynamic_sampling": "reward", "rollout.fill_up": False}

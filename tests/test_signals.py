@@ -45,8 +45,17 @@ OPTIONS = {
     "run.tensorboard": False,
     "run.report": False,
 }
+#: Never ends in a run that has to stop, and makes something else of it when it is cut off.
 REWARD = """
+import time
+from deltal_jax.guard import signals
+
 def length(prompts, responses, answers):
+    if any(stop.asked_by for stop in signals._listening):
+        try:
+            time.sleep(60)
+        except Exception:
+            return [None] * len(responses)
     return [len(response) / 10 for response in responses]
 """
 CLOCKS = ("time/", "throughput/", "overlap/")
@@ -101,7 +110,7 @@ STRIKES = [
     ("update of warm-up step 2", 30, "warm-up step 2 (checkpoint 2)"),
     ("evaluation of RL step 0", 0, "RL step 0 (checkpoint 5)"),
     ("rollout of RL step 2", 0, "RL step 1 (checkpoint 6)"),
-    ("grading of RL step 3", 0, "RL step 2 (checkpoint 7)"),
+    ("grading of RL step 3", 1, "RL step 2 (checkpoint 7)"),
     ("update of RL step 4", 0, "RL step 4 (checkpoint 9)"),
     ("save of RL step 6", 30, "RL step 6 (checkpoint 11)"),
     # Here a second one comes while a checkpoint is written.
@@ -141,7 +150,9 @@ def test_a_run_stopped_in_every_phase_ends_as_one_that_nobody_stopped(
         last = err.strip().splitlines()[-1]
         assert last == f"stopped by SIGTERM in {where}: saved after {saved}; go on with: {resume}"
         assert f"SIGTERM in {where}: saving after this step" in err
-        assert ("accuracy" in out) == ("warm-up" not in where and where != STRIKES[1][0])
+        assert ("last evaluation (step" in out) == (
+            "warm-up" not in where and where != STRIKES[1][0]
+        )
     strike("start-up")  # nothing new to save: nothing is lost
     with pytest.raises(signals.Stopped, match=f"go on with: {resume}") as stopped:
         train(None, {"run.dir": str(found)}, resume=True)
@@ -156,6 +167,8 @@ def test_a_run_stopped_in_every_phase_ends_as_one_that_nobody_stopped(
     grace = [x for x in changes if x["field"] == "run.grace_seconds"]
     assert [(x["step"], x["before"], x["after"]) for x in grace] == [
         (2, 30, 0),
+        (1, 0, 1),
+        (2, 1, 0),
         (4, 0, 30),
         (6, 30, 0),
     ]
@@ -190,8 +203,8 @@ with signals.listening(at_once=True) as stop:
 @pytest.mark.parametrize(
     ("serving", "sent", "said"),
     [
-        (False, 1, "deltal: SIGINT in between two steps: ended at once; nothing was saved yet"),
-        (True, 2, "deltal: SIGINT in between two steps: ended at once; nothing was saved yet"),
+        (False, 1, "deltal: SIGINT between two steps: ended at once; nothing was saved yet"),
+        (True, 2, "deltal: SIGINT between two steps: ended at once; nothing was saved yet"),
     ],
     ids=["before anything", "the second"],
 )

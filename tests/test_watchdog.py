@@ -82,8 +82,8 @@ def test_inside_another_phase_it_is_the_inner_one_and_then_the_outer_moved():
     with pulse.phase("rollout", "RL step 7"):
         before = age("rollout").moved
         with pulse.phase("grading"):
-            assert pulse.here() == "grading of RL step 7"
-        assert pulse.here() == "rollout of RL step 7" and pulse.open_phases()[0].moved > before
+            assert pulse.here() == "in grading of RL step 7"
+        assert pulse.here() == "in rollout of RL step 7" and pulse.open_phases()[0].moved > before
     assert pulse.here() == "between two steps"
 
 

@@ -147,10 +147,8 @@ class Checkpoints(SavedSteps):
         if self._failed is None:
             return
         (number, error), self._failed = self._failed, None
-        newest = self.newest()
-        last = "there is none before it" if newest is None else f"the last good one is {newest}"
         raise SaveError(
-            f"checkpoint {number} could not be saved in {self.folder}: {_reason(error)}; {last}"
+            f"checkpoint {number} could not be saved in {self.folder}: {_reason(error)}"
         ) from error
 
     def close(self) -> None:

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         config = setup.config.evaluate
         if engine is None:
             engine = make_local_engine(setup, temperature=config.temperature)
-            _make(to)
+            _make(to, "run.dir" if arguments.to is None else "--to")
         key = trained.key if arguments.seed is None else jax.random.key(arguments.seed)
         found = evaluate(setup, engine, trained.params, key)
         metrics = {name: finite(value) for name, value in found.metrics.items()}
@@ -189,13 +189,13 @@ def _folder(arguments: argparse.Namespace) -> Path | None:
     return None if arguments.config else Path(arguments.run) / EVALUATIONS
 
 
-def _make(to: Path | None) -> None:
+def _make(to: Path | None, field: str) -> None:
     """The folder of the results, before anything is sampled for them."""
     try:
         if to is not None:
             to.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--to: cannot write to {to}: {error.strerror}") from error
+        raise UserError(f"{field}: cannot write to {to}: {error.strerror}") from error
 
 
 def _write(to: Path, name: str, result: dict[str, Any], found: "Evaluation", rows: int) -> None:

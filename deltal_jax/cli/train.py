@@ -132,22 +132,25 @@ def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
 
 
 def _print_table(result) -> None:
-    print(f"\n{'':24}{'warm-up':>16}{'now (step ' + str(result.after.get('step', 0)) + ')':>18}")
+    step = result.after.get("step", 0)
+    now = f"now (step {step})" if result.status == "done" else f"last evaluation (step {step})"
+    width = max(18, len(now) + 2)
+    print(f"\n{'':24}{'warm-up':>16}{now:>{width}}")
     rows = (("accuracy (avg@k)", "avg_at_k"), ("pass@k", "pass_at_k"), ("length", "length"))
     for label, key in (*rows, ("truncated", "truncated_frac")):
         if key in result.before:
             figures = (
                 f"{r[key]:.1f}" if key == "length" else f"{r[key]:.3f}" for r in both(result)
             )
-            print(f"{label:24}{next(figures):>16}{next(figures):>18}")
+            print(f"{label:24}{next(figures):>16}{next(figures):>{width}}")
     if result.after:
         ends = [[r.get(f"avg_at_k_{end}") for end in ("low", "high")] for r in both(result)]
         shown = ["unknown" if None in pair else "{:.3f} – {:.3f}".format(*pair) for pair in ends]
-        print(f"{'95 % interval':24}{shown[0]:>16}{shown[1]:>18}")
+        print(f"{'95 % interval':24}{shown[0]:>16}{shown[1]:>{width}}")
     for name, order in result.monotonicity.items():
         if order is not None:
             label = f"monotonicity, {name}"
-            print(f"{label:24} {order:>{max(33 - max(len(label) - 24, 0), 6)}.3f}")
+            print(f"{label:24} {order:>{max(15 + width - max(len(label) - 24, 0), 6)}.3f}")
     print(f"\nwall time  {result.seconds:.0f} s\nrun        {result.run_dir}")
     if result.report is not None:
         print(f"report     {result.report}")

@@ -124,11 +124,11 @@ def load_dump(folder: Path, overrides: dict[str, Any]) -> Dump:
             raise UserError(
                 f"{name}: a replay computes what the step did; it takes {', '.join(ROUNDINGS)}"
             )
+    record = _load_record(run_folder.load_json(folder / RECORD, "replay another dump"))
     config = load_config(folder / run_folder.CONFIG, overrides)
     if lacking_devices(config):
         config = load_config(folder / run_folder.CONFIG, ONE_DEVICE | overrides)
     setup = make_setup(config, folder / run_folder.MODEL)
-    record = _load_record(json.loads((folder / RECORD).read_text(encoding="utf-8")))
     saved = SavedSteps(folder / run_folder.CHECKPOINTS)
     position = saved.read_position(record.step)
     state = restore_state(saved, record.step, setup, position)

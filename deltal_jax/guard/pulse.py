@@ -73,5 +73,6 @@ def open_phases() -> list[Phase]:
 
 
 def here() -> str:
-    """What the run is doing, in words."""
-    return " and ".join(map(str, open_phases())) or "between two steps"
+    """Where the run is, in words."""
+    phases = " and ".join(map(str, open_phases()))
+    return f"in {phases}" if phases else "between two steps"

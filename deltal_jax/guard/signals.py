@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 from deltal_jax.guard import pulse
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+#: What interrupts the main thread, in code that never asks.
+INTERRUPT = signal.SIGUSR2
 #: Seconds within which several signals are one: a terminal or a launcher may send it to a process
 #: and to its parent, who hands it on.
 APART = 1.0
@@ -62,7 +64,7 @@ class Stop:
         #: Seconds that the last update took.
         self.update_seconds = 0.0
         self.asked_by: signal.Signals | None = None
-        #: What the run was doing then.
+        #: Where the run was then, in words.
         self.where = ""
         self.at_once = at_once
         self._asked_at, self._agreed = 0.0, False
@@ -74,7 +76,7 @@ class Stop:
             self.asked_by, self._asked_at, self.where = number, now, pulse.here()
             if not self.serving:
                 self._end(number, lossless=True)
-            self.say(f"{number.name} in {self.where}: {self._plan()}; again: end at once")
+            self.say(f"{number.name} {self.where}: {self._plan()}; again: end at once")
         elif now - self._asked_at >= APART:
             self._end(number, lossless=False)
 
@@ -116,7 +118,7 @@ class Stop:
     def _end(self, number: signal.Signals, *, lossless: bool) -> NoReturn:
         kept, something = self.kept()
         code = 0 if lossless and something else 128 + number
-        text = f"{number.name} in {pulse.here()}: ended at once; {kept}"
+        text = f"{number.name} {pulse.here()}: ended at once; {kept}"
         if not self.at_once:
             raise Stopped(text, code)
         leave(f"deltal: {text}", code)
@@ -147,6 +149,48 @@ def result_of(future: "Future[Any]") -> Any:
         if done:
             return future.result()
         check(together=False)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Code that never asks, such as a user's, in the main thread of the run's only process:
+    Abandoned is raised inside of it where it takes too long for a run that has to stop, and again
+    at its end, whatever the code made of it. No native code is cut off."""
+    main = threading.main_thread()
+    stop = next((stop for stop in _listening if stop.alone), None)
+    if stop is None or threading.current_thread() is not main:
+        yield
+        return
+    closed, given_up = threading.Event(), threading.Event()
+
+    def interrupt(number: int, frame: Any) -> None:
+        del number, frame
+        if not closed.is_set():
+            given_up.set()
+            raise Abandoned
+
+    def look() -> None:
+        while not closed.wait(LOOK):
+            if stop.spare() <= 0:
+                signal.pthread_kill(main.ident or 0, INTERRUPT)
+
+    previous = signal.signal(INTERRUPT, interrupt)
+    thread = threading.Thread(target=look, name="interrupt", daemon=True)
+    thread.start()
+    try:
+        try:
+            yield
+        finally:
+            closed.set()
+    except Exception:
+        if not given_up.is_set():
+            raise
+    finally:  # again, as the last interrupt may have come before the first
+        closed.set()
+        thread.join()
+        signal.signal(INTERRUPT, previous)
+    if given_up.is_set():
+        raise Abandoned
 
 
 @contextlib.contextmanager

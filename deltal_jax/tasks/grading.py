@@ -13,7 +13,7 @@ import numpy as np
 
 from deltal_jax.errors import UserError
 from deltal_jax.guard.pulse import pulse
-from deltal_jax.guard.signals import check, result_of
+from deltal_jax.guard.signals import check, interruptible, result_of
 from deltal_jax.tasks.base import Missing, Problem, Task, Verdict, verify_all
 from deltal_jax.tasks.mixture import Mixture
 
@@ -138,7 +138,8 @@ def _call(
 ) -> Sequence[float | None]:
     prompts = [problem.prompt for problem in problems]
     answers = [problem.answer for problem in problems]
-    values = list(reward.fn(prompts, list(responses), answers))
+    with interruptible():
+        values = list(reward.fn(prompts, list(responses), answers))
     if len(values) != len(responses):
         raise UserError(
             f"rewards: {reward.name!r} gave {len(values)} rewards for {len(responses)} responses"

@@ -336,7 +336,7 @@ def _finish(run: Run, step: int, status: str, seconds: float) -> TrainResult:
     stop.serving = stop.saved = True
     if status == "interrupted":
         by = "a signal" if stop.asked_by is None else stop.asked_by.name
-        run.display.say(f"stopped by {by} in {stop.where}: {stop.kept()[0]}")
+        run.display.say(f"stopped by {by} {stop.where}: {stop.kept()[0]}")
     prefix = f"eval/{run.setup.task.name}/"
     evaluations = on_first(
         lambda: [x for x in load_metrics(run.folder / FILE_NAME) if x["phase"] == "eval"]

@@ -1,7 +1,6 @@
 """How a run begins or goes on: all of it is checked before anything in its folder changes."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +103,8 @@ def _check_reopened(
     rewards: Sequence[Reward | str] | None,
 ) -> tuple[Path, Setup, dict[str, tuple[Any, Any]]]:
     folder, config = run_folder.reopen_run_folder(name, overrides, run_dir)
+    if is_first():
+        run_folder.check_writable(folder)
     changes = run_folder.changes(run_folder.load_run_config(folder), config)
     changes.pop("run.dir", None)  # it may be moved, and is said anyway
     _check_rewards(folder, choose_rewards(config, rewards))
@@ -206,10 +207,9 @@ def _check_data(folder: Path, task: Task) -> None:
 
     Raises UserError where they are others by now.
     """
-    path = folder / run_folder.SUMMARY
-    if not path.is_file():
+    if not (folder / run_folder.SUMMARY).is_file():
         return
-    before = json.loads(path.read_text(encoding="utf-8")).get("data")
+    before = run_folder.load_summary(folder).get("data")
     if before is None:
         return
     now = data_fingerprint(task)
@@ -228,10 +228,9 @@ def reward_names(rewards: Sequence[Reward | str]) -> list[str]:
 
 def _check_rewards(folder: Path, rewards: Sequence[Reward | str]) -> None:
     """A resumed run maximises what it was started with."""
-    path = folder / run_folder.SUMMARY
-    if not path.is_file():
+    if not (folder / run_folder.SUMMARY).is_file():
         return
-    before = json.loads(path.read_text(encoding="utf-8")).get("rewards", ["task"])
+    before = run_folder.load_summary(folder).get("rewards", ["task"])
     now = reward_names(rewards)
     if before != now:
         raise UserError(

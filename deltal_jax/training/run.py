@@ -255,8 +255,7 @@ class Run:
             self._summarise(self._known_facts() | facts)
 
     def _known_facts(self) -> dict[str, Any]:
-        path = self.folder / run_folder.SUMMARY
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return run_folder.load_summary(self.folder)
 
     def _summarise(self, facts: dict[str, Any]) -> None:
         if not is_first():

@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import json
 import os
 import platform
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from etils import epath
 
 from deltal_jax.config import Config, dump_config, load_config
 from deltal_jax.errors import UserError
+from deltal_jax.metrics import FILE_NAME as METRICS
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -190,7 +193,36 @@ def load_run_config(folder: Path) -> Config:
     """The resolved config of a run. Raises UserError where the folder is not a run."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"run.dir: {folder} is not a run folder (it has no {CONFIG})")
+    if not (folder / CONFIG).read_bytes().strip():
+        raise UserError(f"run.dir: {folder / CONFIG} is empty or damaged; bring it back")
     return load_config(folder / CONFIG)
+
+
+def load_summary(folder: Path) -> dict[str, Any]:
+    """What a run keeps about itself; empty where it has kept nothing yet."""
+    path = folder / SUMMARY
+    return load_json(path, "delete it, or bring it back") if path.is_file() else {}
+
+
+def load_json(path: Path, fix: str) -> dict[str, Any]:
+    """An object that a run wrote. Raises UserError, with the fix, where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: empty or damaged; {fix}")
+    return found
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError where a run could not go on in its folder. Leaves nothing behind."""
+    try:
+        if (folder / METRICS).exists():
+            (folder / METRICS).open("ab").close()
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {folder}: {error.strerror}") from error
 
 
 def drifted_fields(name: str, stored: Config) -> list[str]:
