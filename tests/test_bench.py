@@ -288,6 +288,7 @@ def test_the_load_of_grading_has_right_and_wrong_answers_of_every_kind(groups):
     }
 
 
+@pytest.mark.slow
 def test_the_figures_of_grading_are_those_of_both_verifiers_and_of_the_overlap(monkeypatch):
     monkeypatch.setattr(grading, "PROBLEMS", 2)
     monkeypatch.setattr(grading, "WORKERS", 1)

@@ -43,7 +43,7 @@ def command(capfd):
 @pytest.mark.parametrize(
     ("limit", "said"),
     [
-        (20_000, "RL step 3: checkpoint 2 could not be saved in {c}: File too large; the last"),
+        (20_000, "RL step 3: checkpoint 2 could not be saved in {c}: File too large; last good"),
         (None, "RL step 3: {run}: File too large; last good checkpoint: 1 (after RL step 1); "),
     ],
     ids=["arrays", "a line of metrics"],

@@ -4,10 +4,13 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from deltal_jax.guard.failpoints import POINTS
 from tests.processes import ROOT
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_at_every_fail_point_ends_as_one_that_does_not():
     """Real processes and SIGKILL; `scripts/soak kill` does it at random moments as well."""
     command = [sys.executable, "-m", "tests.soak", "kill", "--steps", "6"]

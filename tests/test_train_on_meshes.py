@@ -33,7 +33,7 @@ OPTIONS = TINY | {
     "objective.kl_coefficient": 0.05,
     "rl.optimizer.warmup_steps": 0,
     "evaluate.every": 0,
-    "guard.dump_steps": [2],
+    "guard.dump_steps": [1, 2],
 }
 ALL = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 AHEAD = {"rollout.ahead": 1, "objective.importance_correction": "token_truncate"}
@@ -165,7 +165,7 @@ def in_two_processes(folder):
     """In each: a whole run, whose steps are kept for replay, and one that is resumed after its
     first step."""
     whole, resumed = Path(folder) / "whole", Path(folder) / "resumed"
-    seen = [run_on(whole, {"guard.dump_steps": [1, 2]})]
+    seen = [run_on(whole, {})]
     on_first(lambda: str(copied(whole, resumed, 1)))
     seen.append(run_on(resumed, {}, resume=True))
     shares = gather(seen)

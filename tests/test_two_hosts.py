@@ -76,6 +76,7 @@ def hosts(folder, port):
     return folder / "hosts"
 
 
+@pytest.mark.slow
 def test_hosts_of_which_one_is_lost_refuses_or_is_stopped_go_on_bit_for_bit(hosts, folder, port):
     run = copied(hosts, folder / "disturbed", 1)
     resume = f"deltal train run.dir={run} --resume"
@@ -99,7 +100,9 @@ def test_hosts_of_which_one_is_lost_refuses_or_is_stopped_go_on_bit_for_bit(host
     codes, said = train_on_hosts(port, folder, *again, second={"DO": "stop"})
     kept = f"saved after RL step 2 (checkpoint 2); go on with: {resume}"
     assert codes == [0, 0]
-    assert re.fullmatch("stopped by SIGTERM in .*; go on with: .*", said[0].splitlines()[-1])
+    assert re.fullmatch(
+        "stopped by SIGTERM (in|between) .*; go on with: .*", said[0].splitlines()[-1]
+    )
     assert said[0].splitlines()[-1].endswith(f": {kept}") and said[1] == ""
 
     codes, said = train_on_hosts(port, folder, *again)
