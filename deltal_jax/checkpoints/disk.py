@@ -3,8 +3,12 @@
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
 
 from etils import epath
+
+AnyPath = TypeVar("AnyPath", Path, epath.Path)
 
 #: Bytes of one read.
 CHUNK = 2**22
@@ -87,6 +91,14 @@ def sync_folders(folder: epath.Path) -> None:
     if is_local(folder):
         for path, _, _ in os.walk(folder):
             sync(epath.Path(path))
+
+
+def unused(path: AnyPath) -> AnyPath:
+    """The path, or with a number behind it the first that is not there yet."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.parent / f"{path.name}-{number}", number + 1
+    return candidate
 
 
 def unfinished(name: str) -> str:

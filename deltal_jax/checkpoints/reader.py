@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from deltal_jax.checkpoints.disk import children
+from deltal_jax.checkpoints.disk import children, is_local
 from deltal_jax.checkpoints.manifest import (
     Damaged,
     Manifest,
@@ -36,7 +36,7 @@ class SavedSteps:
 
     def __init__(self, folder: epath.PathLike):
         self.folder = epath.Path(folder)
-        if "://" not in str(folder):
+        if is_local(self.folder):
             self.folder = self.folder.absolute()
         self._whole: dict[int, Manifest] = {}  # those whose contents were verified
 

@@ -17,7 +17,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from deltal_jax.checkpoints.disk import children, files_under, is_local, sync
+from deltal_jax.checkpoints.disk import children, files_under, is_local, sync, unused
 from deltal_jax.checkpoints.manifest import (
     NAME,
     Damaged,
@@ -210,7 +210,7 @@ class Checkpoints(SavedSteps):
         if number is not None:
             self.check_origin(number, self._origin)
         for other, what in damaged.items():
-            name = _unused(self.folder / f"{other}{ASIDE}")
+            name = unused(self.folder / f"{other}{ASIDE}")
             self.path(other).rename(name)
             self._say(f"checkpoint {other} is damaged: {what}; set aside as {name.name}")
         return number
@@ -276,7 +276,7 @@ class Checkpoints(SavedSteps):
         """Where nothing has a manifest, nothing is removed for want of one: they may be lost."""
         for path in () if self.all() else children(self.folder):
             if path.name.isdecimal() and not (path / OLD_ITEM).is_dir():
-                name = _unused(self.folder / f"{path.name}{INCOMPLETE}")
+                name = unused(self.folder / f"{path.name}{INCOMPLETE}")
                 path.rename(name)
                 self._say(
                     f"checkpoint {path.name} has no manifest, and no other is there: set aside as "
@@ -358,10 +358,3 @@ def _reason(error: BaseException) -> str:
         return os.strerror(int(found[1]))
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]
-
-
-def _unused(path: epath.Path) -> epath.Path:
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate, number = path.parent / f"{path.name}-{number}", number + 1
-    return candidate

@@ -45,7 +45,7 @@ from deltal_jax.training.opening import (
     reopen_run,
 )
 from deltal_jax.training.optimizer import learning_rate
-from deltal_jax.training.policy import update_policy
+from deltal_jax.training.policy import mean_of, update_policy
 from deltal_jax.training.run import OWED, Run, stage
 from deltal_jax.training.setup import init_params, make_engine, make_update
 from deltal_jax.training.sft import demonstration_batches
@@ -246,7 +246,7 @@ def _warm_up(run: Run, update: Update, state: TrainState, done: int) -> TrainSta
             raise _Interrupted(0)
         seconds = time.perf_counter() - clock
         line = {
-            "sft/loss": _mean([loss for loss, _ in good]),
+            "sft/loss": mean_of([loss for loss, _ in good]),
             "optim/grad_norm": good[-1][1] if good else float("nan"),
             "optim/skipped": float(steps - len(good)),
             "optim/lr": float(np.asarray(schedule(step - 1))),
@@ -325,10 +325,6 @@ def _reinforce(
     if OWED in run.running:
         raise _Interrupted(last)
     return last
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else float("nan")
 
 
 def _finish(run: Run, step: int, status: str, seconds: float) -> TrainResult:

@@ -93,12 +93,12 @@ def step_metrics(
 ) -> dict[str, float]:
     """Metrics of a step: means over the updates that were made, NaN where none was."""
     good = [report for report in reports if report.skipped is None]
-    norms = {k: _mean([r.norms[k] for r in good]) for k in reports[0].norms}
+    norms = {k: mean_of([r.norms[k] for r in good]) for k in reports[0].norms}
     if good:
         measured = functools.reduce(Meters.merge, [r.meters for r in good]).values()
     else:
         measured = dict.fromkeys(reports[0].meters.values(), float("nan"))
-    measured = {"policy/loss": _mean([r.loss for r in good])} | measured | fixed
+    measured = {"policy/loss": mean_of([r.loss for r in good])} | measured | fixed
     if config.rollout.filtered:  # the sampler's log-probabilities are of fewer tokens: no mismatch
         measured = {k: v for k, v in measured.items() if not k.startswith("mismatch/")}
     return measured | norms | {"optim/skipped": float(len(reports) - len(good))}
@@ -129,5 +129,6 @@ def rollout_logprobs(update: Update, params: Any, rollout: Rollout, **layout: An
     return found
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean_of(values: Sequence[float]) -> float:
+    """Their mean; NaN where there are none."""
     return float(np.mean(values)) if values else float("nan")

@@ -34,9 +34,7 @@ from deltal_jax.training.describe import describe_model, describe_sampling, desc
 from deltal_jax.training.evaluate import evaluate, samples_name, write_samples
 from deltal_jax.training.journal import VerdictJournal
 from deltal_jax.training.opening import MESH, data_fingerprint, reward_names
-from deltal_jax.training.setup import (
-    Setup,
-)
+from deltal_jax.training.setup import Setup
 from deltal_jax.types import TrainState
 
 #: Of a run, that are kept.
@@ -264,15 +262,12 @@ class Run:
 
     def stopped(self, phase: str, step: int, what: object) -> TrainingError:
         """The error that ends the run in a step of a phase."""
-        newest, warm_up = self.checkpoints.newest(), self.setup.config.sft.steps
+        newest = self.checkpoints.newest()
         if newest is None:
             saved = f"no checkpoint yet in {self.folder}"
         else:
-            phases = (
-                f"RL step {newest - warm_up}" if newest >= warm_up else f"warm-up step {newest}"
-            )
             saved = (
-                f"last good checkpoint: {newest} (after {phases}); go on with: "
+                f"last good checkpoint: {newest} (after {self._step_of(newest)}); go on with: "
                 f"{self.resume_command()}"
             )
         return TrainingError(f"{phase} step {step}: {what}; {saved}")
@@ -292,16 +287,19 @@ class Run:
     def kept(self) -> tuple[str, bool]:
         """What there is to go on from, in words, and whether there is anything; waits for no save
         that is under way."""
-        warm_up = self.setup.config.sft.steps
         try:
             newest = SavedSteps(self.checkpoints.folder).newest()
         except OSError as error:  # who asks has to end the run all the same
             return f"{error}; go on, once that is mended, with: {self.resume_command()}", False
         if newest is None:
             return f"nothing was saved yet; start again with: {self.resume_command()}", False
-        phase, before = ("rl", warm_up) if newest >= warm_up else ("sft", 0)
-        after = f"{step_name(phase, newest - before)} (checkpoint {newest})"
+        after = f"{self._step_of(newest)} (checkpoint {newest})"
         return f"saved after {after}; go on with: {self.resume_command()}", True
+
+    def _step_of(self, number: int) -> str:
+        """The step that a checkpoint is after, in words."""
+        warm_up = self.setup.config.sft.steps
+        return step_name("rl", number - warm_up) if number >= warm_up else step_name("sft", number)
 
     def resume_command(self) -> str:
         """What to type to go on; a run with its own rewards goes on from Python."""

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from etils import epath
 
+from deltal_jax.checkpoints.disk import unused
 from deltal_jax.config import Config, dump_config, load_config
 from deltal_jax.errors import UserError
 from deltal_jax.metrics import FILE_NAME as METRICS
@@ -61,7 +62,7 @@ def create_run_folder(config: Config) -> tuple[Path, Config]:
     """A new folder that holds the resolved config. Raises UserError if a named one is in use."""
     if config.run.dir is None:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        folder = _unused(Path(RUNS) / f"{config.run.name}-{stamp}")
+        folder = unused(Path(RUNS) / f"{config.run.name}-{stamp}")
     else:
         check_run_folder(config)
         folder = Path(config.run.dir)
@@ -269,13 +270,6 @@ def _run_name(path: Path) -> str:
     except (OSError, ValueError, yaml.YAMLError):
         return ""
     return tree.get("run", {}).get("name", "") if isinstance(tree, dict) else ""
-
-
-def _unused(folder: Path) -> Path:
-    candidate, number = folder, 2
-    while candidate.exists():
-        candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
-    return candidate
 
 
 def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
