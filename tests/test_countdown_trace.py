@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltal_jax.config.tasks import CountDownConfig, TaskConfig
 from deltal_jax.errors import UserError
+from deltal_jax.tasks.catalog import make_task
 from deltal_jax.tasks.countdown.rules import (
     MAX_ANSWER_LENGTH,
     MAX_DEPTH,
@@ -481,6 +483,13 @@ def test_a_tenth_of_demonstrations_answers_directly_and_the_rest_search():
     assert abs(share["direct"] - TASK.direct) < 4 * deviation
     assert share["hit"] > 0.4
     assert share["gave up"] > 0.1
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_share_of_direct_answers_is_that_of_the_config(share):
+    task = make_task(TaskConfig(countdown=CountDownConfig(direct=share)))
+    kinds = [check_trace(TASK, *pair) for pair in itertools.islice(task.demonstrations(7), 50)]
+    assert kinds.count("direct") == 50 * share
 
 
 def test_demonstrations_repeat_for_their_seed_and_differ_for_another():

@@ -19,6 +19,9 @@ class CountDownConfig:
     max_value: int = field(
         60, "largest target, and in traces largest intermediate value", low=4, high=1000
     )
+    direct: float = field(
+        0.1, "share of the warm-up's demonstrations that answer at once", low=0.0, high=1.0
+    )
     grammar: Literal["strict", "reference"] = field(
         "strict", "who judges text: exact arithmetic, or the rules of the paper's code"
     )

@@ -47,6 +47,7 @@ def _countdown(config: TaskConfig) -> Task:
         "most_numbers": options.most_numbers,
         "max_number": options.max_number,
         "max_value": options.max_value,
+        "direct": options.direct,
     }
     if options.form == "trace":
         return CountDown(**size)
