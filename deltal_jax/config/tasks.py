@@ -57,15 +57,22 @@ class PathsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChainConfig:
+    steps: int = field(120, "steps of a chain at most; lengths grow with them", low=4, high=999)
+    modulus: int = field(7, "values are below it", low=3, high=100)
+
+
+@dataclasses.dataclass(frozen=True)
 class TaskConfig:
     name: str = field(
         "countdown",
-        "which task to train on: countdown, math, paths, mixture, one of reasoning-gym's such as "
-        "knights_knaves, or file.py:Class",
+        "which task to train on: countdown, math, paths, chain, mixture, one of reasoning-gym's "
+        "such as knights_knaves, or file.py:Class",
     )
     countdown: CountDownConfig = field(CountDownConfig, "where task.name is countdown")
     math: MathConfig = field(MathConfig, "where task.name is math")
     paths: PathsConfig = field(PathsConfig, "where task.name is paths")
+    chain: ChainConfig = field(ChainConfig, "where task.name is chain")
     procedural: dict[str, dict[str, float]] | None = field(
         None, "options of reasoning-gym's generators, such as {sudoku: {max_empty: 40}}"
     )

@@ -6,6 +6,7 @@ from deltal_jax.config import TaskConfig
 from deltal_jax.errors import UserError
 from deltal_jax.objective.names import unknown_name
 from deltal_jax.tasks.base import Task
+from deltal_jax.tasks.chain import Chain
 from deltal_jax.tasks.countdown.data import Given
 from deltal_jax.tasks.countdown.text import CountDownRows, CountDownText
 from deltal_jax.tasks.countdown.trace import CountDown
@@ -76,6 +77,10 @@ def _paths(config: TaskConfig) -> Task:
     return Paths(options.nodes, options.edges, options.distance)
 
 
+def _chain(config: TaskConfig) -> Task:
+    return Chain(config.chain.steps, config.chain.modulus)
+
+
 def _mixture(config: TaskConfig) -> Task:
     weights = config.mixture or {}  # by the config's rules one is over 0
     return Mixture([(_named(name, config), weight) for name, weight in weights.items() if weight])
@@ -86,5 +91,6 @@ TASKS: dict[str, Callable[[TaskConfig], Task]] = {
     "countdown": _countdown,
     "math": _math,
     "paths": _paths,
+    "chain": _chain,
     "mixture": _mixture,
 }
