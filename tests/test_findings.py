@@ -201,6 +201,12 @@ def test_new_seeds_are_unpaired_and_counted(found):
     assert "of 3 pairs of equal methods" in summary(found)
 
 
+def test_runs_of_a_method_are_not_compared_with_themselves(quick):
+    cells = cells_of({"a": 0.0, "b": 0.0}, SEEDS)
+    plan = make_plan({"a": {}}, SEEDS[:5], {"b": {"kind": "seeds", "seeds": SEEDS[3:]}})
+    assert find(cells, plan)["controls"]["seeds"]["b"]["runs"] == [3, 5]
+
+
 def test_controls_of_any_kind_are_a_family_of_their_own(found):
     pairs = found["controls"]["pairs"]
     assert {name: one["of"] for name, one in pairs.items()} == {
@@ -219,20 +225,22 @@ def test_learning_rates_are_compared_at_each_methods_highest(found):
     assert lr["at_highest"]["grpo"]["verdict"] == "better"
     said = summary(found)
     assert "selected on the problems of the evaluation and so optimistic" in said
-    assert "**grpo-lr-high** against delta-l: better" in said
+    assert "**grpo-lr-high** against delta-l: better, though they share a direction" in said
 
 
-def test_few_pairs_show_nothing_and_say_so(quick):
-    """Three pairs have p ≥ 0.25, whatever the effect."""
-    found = find(cells_of({"delta-l": 0, "grpo": 5.0}, SEEDS[:3]), make_plan(THREE, SEEDS[:3]))
+@pytest.mark.parametrize(("count", "least"), [(3, 0.5), (6, 0.0625)])
+def test_few_pairs_show_nothing_and_say_so(quick, count, least):
+    """Whatever the effect: six pairs have p = 0.031, which is no verdict in a family of two."""
+    seeds = SEEDS[:count]
+    found = find(cells_of({"delta-l": 0, "grpo": 5.0}, seeds), make_plan(THREE, seeds))
     one = found["comparisons"]["grpo"]
     assert (one["verdict"], one["reachable"]) == ("no difference shown", False)
     # Dr. GRPO has no cell, and counts: the family is that of the plan.
-    assert one["smallest_p_holm"] == 0.5
+    assert one["smallest_p_holm"] == least == 2 * one["endpoints"]["area_by_tokens"]["p"]
     assert verdicts(found)["dr-grpo"] == "no pair yet"
     said = summary(found)
     assert "(smallest detectable: none, 7 pairs are needed)" in said
-    assert "3 pairs; so few pairs cannot show one: the smallest possible Holm p is 0.5" in said
+    assert "so few pairs cannot show one: the smallest possible Holm p is 0." in said
 
 
 def test_incomplete_pairs_are_left_out_and_counted(quick):
@@ -306,3 +314,6 @@ def test_what_cannot_be_compared_is_refused_in_one_line():
     assert found["shortest"] == "b/seed-1"
     assert found["spans"]["updates"] == [0, EVERY]
     assert (found["k"], found["problems"]) == (K, PROBLEMS)
+    del cells["a"][0]["evaluations"][0]
+    with pytest.raises(UserError, match=r"no stretch of \w+ that all have in common"):
+        find(cells, make_plan({"a": {}, "b": {}}, [0, 1]))

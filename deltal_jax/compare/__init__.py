@@ -1,1 +1,1 @@
-"""Methods compared: a plan of cells, one training run each, and what they show."""
+"""Comparisons: methods × seeds, one small file for each training run."""

@@ -111,7 +111,8 @@ def find(cells: Mapping[str, Cells], plan: dict[str, Any]) -> dict[str, Any]:
         if name != reference
     }
     judge(against)
-    for name, one in against.items():
+    shown = find_controls(controls, everything, reference)
+    for name, one in (*against.items(), *shown["lr"]["at_highest"].items()):
         one["same_direction"] = share_direction(shared, name, reference)
     return _plain(
         {
@@ -129,7 +130,7 @@ def find(cells: Mapping[str, Cells], plan: dict[str, Any]) -> dict[str, Any]:
             "methods": {name: _method(some, spans) for name, some in present.items()},
             "comparisons": against,
             "directions": shared,
-            "controls": find_controls(controls, everything, reference),
+            "controls": shown,
             "control_outcomes": {
                 name: outcomes(list(everything[name].values()))
                 for name in controls

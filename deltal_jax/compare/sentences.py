@@ -116,7 +116,8 @@ def _verdict(name: str, reference: str, one: Found) -> str:
     if one["verdict"] == "no difference shown":
         said += f" (smallest detectable: {_detectable(one)})"
     if one.get("same_direction"):
-        said += f", though they share a direction (they {SAME_BUT})"
+        link = ", though" if one["verdict"] in ("better", "worse") else ";"
+        said += f"{link} they share a direction (they {SAME_BUT})"
     if one["pairs"]:
         primary = one["endpoints"][PRIMARY]
         said += f"; {_interval(primary, 'difference', '+')}, Holm p {_p(primary['p_holm'])}"
@@ -306,8 +307,8 @@ def _several(names: Sequence[str]) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of Markdown that reads as text too: columns padded to their width."""
-    widths = [max(len(row[at]) for row in (head, *rows)) for at in range(len(head))]
-    lines = [head, ["-" * max(width, 3) for width in widths], *rows]
+    widths = [max(3, *(len(row[at]) for row in (head, *rows))) for at in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
     return "\n".join(
         "| "
         + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
