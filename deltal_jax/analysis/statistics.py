@@ -21,6 +21,12 @@ def wilson_interval(share: float, count: float) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + z2)), min(1.0, (centre + half) / (1 + z2))
 
 
+def resamples(rng: np.random.Generator, size: int, count: int) -> Int[np.ndarray, "R N"]:
+    """How often each of `count` things is drawn, in `size` draws of so many with replacement."""
+    drawn = rng.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
+    return np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
+
+
 def bootstrap_intervals(
     values: Float[np.ndarray, "P M"], clusters: Int[np.ndarray, " P"], seed: int = 0
 ) -> Float[np.ndarray, "M 2"]:
@@ -41,9 +47,7 @@ def bootstrap_intervals(
     rng, means = np.random.default_rng(seed), []
     rows = max(1, BLOCK // count)
     for first in range(0, RESAMPLES, rows):
-        size = min(rows, RESAMPLES - first)
-        drawn = rng.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
+        times = resamples(rng, min(rows, RESAMPLES - first), count)
         means.append((times @ sums) / (times @ sizes)[:, None])
     found = np.percentile(np.concatenate(means), [2.5, 97.5], axis=0).T
     same = np.ptp(sums / sizes[:, None], axis=0) < 1e-12

@@ -1,0 +1,1 @@
+"""Comparisons: methods × seeds, one small file for each training run."""
