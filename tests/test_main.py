@@ -10,7 +10,7 @@ import pytest
 from deltal_jax import __version__
 from deltal_jax.cli import debug
 from deltal_jax.cli.main import COMMANDS, main
-from deltal_jax.config import describe_fields, load_config, shipped_configs
+from deltal_jax.config import describe_fields, load_config, shipped_configs, shipped_plans
 
 TINY = "countdown-tiny"
 
@@ -230,7 +230,7 @@ def test_the_effective_formula_names_method_scope_and_constant(deltal, overrides
 
 
 def test_configs_lists_every_shipped_experiment_with_its_summary(deltal):
-    names = list(shipped_configs())
+    names = [*shipped_configs(), *shipped_plans()]
     assert TINY in names and "paper/countdown-delta-l" in names
     assert not [name for name in names if name.startswith("bases/")]
     code, out, err = deltal("configs")

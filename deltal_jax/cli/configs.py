@@ -1,10 +1,10 @@
-"""List the experiments that come with the package, or every config field."""
+"""List the experiments and plans that come with the package, or every config field."""
 
 import argparse
 import itertools
 import json
 
-from deltal_jax.config import describe_fields, shipped_configs
+from deltal_jax.config import describe_fields, shipped_configs, shipped_plans
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +27,19 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{name}\n    {kind}, default {shown}: {help_}")
         return 0
     found = {}
-    for name, path in shipped_configs().items():
+    experiments = shipped_configs()
+    for name, path in (experiments | shipped_plans()).items():
         header = path.read_text(encoding="utf-8").split("\n", 1)[0]
         found[name] = header.lstrip("# ").strip()
     if arguments.json:
         print(json.dumps(found, ensure_ascii=False))
         return 0
     width = max(map(len, found)) + 2
-    for _, group in itertools.groupby(found, key=lambda name: name.rpartition("/")[0]):
+    for _, group in itertools.groupby(found, key=lambda name: _group(name, name in experiments)):
         print("\n".join(f"{name:{width}}{found[name]}" for name in group), end="\n\n")
     return 0
+
+
+def _group(name: str, experiment: bool) -> tuple[bool, str]:
+    """What is printed together: a folder's experiments, and apart from them its plans."""
+    return experiment, name.rpartition("/")[0]

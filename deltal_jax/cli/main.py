@@ -7,6 +7,7 @@ import sys
 from deltal_jax import __version__
 from deltal_jax.cli import (
     bench,
+    compare,
     configs,
     debug,
     evaluate,
@@ -21,6 +22,7 @@ from deltal_jax.errors import UserError
 COMMANDS = {
     "train": train,
     "evaluate": evaluate,
+    "compare": compare,
     "sample": sample,
     "export": export,
     "prepare": prepare,

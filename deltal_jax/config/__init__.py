@@ -15,7 +15,9 @@ from deltal_jax.config.files import (
     find_config,
     load_config,
     parse_overrides,
+    read_tree,
     shipped_configs,
+    shipped_plans,
 )
 from deltal_jax.config.rules import SCOPED
 from deltal_jax.config.schema import (
@@ -70,5 +72,7 @@ __all__ = [
     "find_config",
     "load_config",
     "parse_overrides",
+    "read_tree",
     "shipped_configs",
+    "shipped_plans",
 ]

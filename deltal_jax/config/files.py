@@ -17,6 +17,8 @@ from deltal_jax.errors import UserError
 #: The key of a file that names those below it, and the folder of shipped ones that are no
 #: experiments themselves.
 BASE, BASES = "base", "bases"
+#: The key of a file that is a plan of `deltal compare`, not an experiment.
+METHODS = "methods"
 
 
 def load_config(name: str | Path, overrides: dict[str, Any] | None = None) -> Config:
@@ -24,6 +26,8 @@ def load_config(name: str | Path, overrides: dict[str, Any] | None = None) -> Co
     overrides, `{"rl.steps": 10}`."""
     path, tree = find_config(str(name)), {}
     layers = _layers(path)
+    if METHODS in layers[path]:
+        raise UserError(f"config: {path} is a plan; run it with `deltal compare {path}`")
     for file, layer in layers.items():
         if len(layers) > 1:
             _name_file(file, layer)
@@ -37,6 +41,14 @@ def load_config(name: str | Path, overrides: dict[str, Any] | None = None) -> Co
     config = build(Config, tree)
     check(config)
     return config
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """What a file says over the files that its `base` names, whatever it is of."""
+    tree: dict[str, Any] = {}
+    for layer in _layers(path).values():
+        tree = _over(tree, layer)
+    return tree
 
 
 def config_files(name: str | Path) -> list[Path]:
@@ -133,6 +145,20 @@ def _is_file(path: Path) -> bool:
 
 def shipped_configs() -> dict[str, Path]:
     """The experiments that come with the package, by name: those of the folder itself first."""
+    return {name: path for name, path in _shipped().items() if not _is_plan(path)}
+
+
+def shipped_plans() -> dict[str, Path]:
+    """The plans of `deltal compare` that come with the package, by name."""
+    return {name: path for name, path in _shipped().items() if _is_plan(path)}
+
+
+def _is_plan(path: Path) -> bool:
+    """Whether its text has the key at the top; a hundred files are not parsed for that."""
+    return re.search(rf"^{METHODS}:", path.read_text(encoding="utf-8"), re.MULTILINE) is not None
+
+
+def _shipped() -> dict[str, Path]:
     folder = config_folder()
     found = [path.relative_to(folder) for path in folder.rglob("*.yaml")]
     found = sorted((path for path in found if path.parts[0] != BASES), key=lambda p: p.parts)

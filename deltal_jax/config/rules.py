@@ -7,6 +7,7 @@ from deltal_jax.config.schema import (
     Config,
     ModelConfig,
     ObjectiveConfig,
+    OptimizerConfig,
     RolloutConfig,
     ServerConfig,
 )
@@ -70,6 +71,8 @@ def check(config: Config) -> None:
             "objective.importance_correction: with rollout.top_k, top_p or min_p the sampler's "
             "log-probabilities are of fewer tokens than the trainer's; set it to none"
         )
+    for phase in ("sft", "rl"):
+        _check_optimizer(f"{phase}.optimizer", getattr(config, phase).optimizer)
     _check_server(rollout)
     _check_overlong(config)
     _check_objective(config.objective)
@@ -86,6 +89,17 @@ def check(config: Config) -> None:
     if warn is not None and stop is not None and stop < warn:
         raise UserError(f"guard.mismatch_stop: {stop:g} is below guard.mismatch_warn={warn:g}")
     _check_mesh(config)
+
+
+def _check_optimizer(section: str, options: OptimizerConfig) -> None:
+    default = OptimizerConfig()
+    if options.normalize and options.clip_norm not in (None, default.clip_norm):
+        raise UserError(
+            f"{section}.clip_norm: {section}.normalize takes its place; leave out one of the two"
+        )
+    for name in ("b1", "b2", "epsilon") if options.rule == "sgd" else ():
+        if getattr(options, name) != getattr(default, name):
+            raise UserError(f"{section}.{name}: is Adam's; leave it out, or set {section}.rule")
 
 
 def _check_task(task: TaskConfig) -> None:

@@ -101,6 +101,9 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+    rule: Literal["adamw", "sgd"] = field(
+        "adamw", "the step from the gradient; sgd has no momentum, and no use for Adam's fields"
+    )
     learning_rate: float = field(3e-4, "peak learning rate", low=0.0)
     warmup_steps: int = field(0, "updates of linear warm-up from 0", low=0)
     schedule: Literal["constant", "cosine"] = field("constant", "shape after the warm-up")
@@ -110,6 +113,9 @@ class OptimizerConfig:
     epsilon: float = field(1e-8, "Adam's epsilon", low=0.0)
     weight_decay: float = field(0.0, "decoupled weight decay", low=0.0)
     clip_norm: float | None = field(1.0, "clip of the global gradient norm; null: none", low=1e-9)
+    normalize: bool = field(
+        False, "divide the gradient by its global norm, in the place of the clip"
+    )
     moment_dtype: DType = field(
         "float32", "type that Adam's moments are stored in; bfloat16 is rounded stochastically"
     )

@@ -154,6 +154,7 @@ class RolloutStream:
                 "rollout/informative_groups": float(sum(found.good)),
                 "rollout/informative_frac": float(np.mean(found.good)),
                 "rollout/groups_dropped": float(len(found.good) - len(chosen) + unused),
+                "rollout/tokens": float(groups.rollout.response_lengths.sum()),
                 "rollout/reward_mean": everything["reward/mean"],
                 "rollout/accuracy_mean": everything["accuracy/mean"],
             }

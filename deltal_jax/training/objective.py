@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltal_jax.config import Aggregation, Config, ObjectiveConfig
+from deltal_jax.config import Aggregation, Config, ObjectiveConfig, RolloutConfig
 from deltal_jax.errors import UserError
 from deltal_jax.objective.advantages import ADVANTAGES
 from deltal_jax.objective.aggregation import AGGREGATIONS
@@ -36,6 +36,17 @@ SURROGATE_OPTIONS = (
     "threshold",
     "tau_positive",
     "tau_negative",
+)
+#: What `make_loss` reads of the objective, beside the temperature: what the program of an update
+#: depends on. Advantages and weights are arguments of that program.
+LOSS_FIELDS = (
+    "surrogate",
+    *SURROGATE_OPTIONS,
+    "importance_correction",
+    "correction_threshold",
+    "kl_coefficient",
+    "kl_estimator",
+    "entropy_coefficient",
 )
 
 
@@ -180,6 +191,14 @@ def surrogate_options(objective: ObjectiveConfig) -> dict[str, float | None]:
                 f"{', '.join(options) or 'none'}"
             )
     return options | {name: value for name, value in given.items() if value is not None}
+
+
+def loss_config(config: Config) -> Config:
+    """All that `make_loss` sees of a config: equal for methods that differ in advantages and
+    weights alone."""
+    read = {name: getattr(config.objective, name) for name in LOSS_FIELDS}
+    rollout = RolloutConfig(temperature=config.rollout.temperature)
+    return Config(objective=ObjectiveConfig(**read), rollout=rollout)
 
 
 def make_loss(config: Config) -> LossTerms:

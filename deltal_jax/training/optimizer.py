@@ -28,17 +28,36 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global gradient norm."""
-    adam = optax.adamw(
-        learning_rate(config, steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-    )
+    """AdamW, or gradient descent, each with decoupled weight decay, behind a clip of the global
+    gradient norm or behind `normalize_by_global_norm`."""
+    rate = learning_rate(config, steps)
+    if config.rule == "sgd":
+        rule = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate))
+    else:
+        rule = optax.adamw(
+            rate,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+        )
+    if config.normalize:
+        return optax.chain(normalize_by_global_norm(), rule)
     if config.clip_norm is None:
-        return adam
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
+        return rule
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+
+
+def normalize_by_global_norm() -> optax.GradientTransformation:
+    """g / ‖g‖ over all parameters together; 0 where g is 0. Two losses that differ by a positive
+    factor give the same steps behind it."""
+
+    def normalize(updates: Any) -> Any:
+        norm = optax.tree.norm(updates)
+        scale = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
+        return jax.tree.map(lambda x: x * scale, updates)
+
+    return optax.stateless(lambda updates, params: normalize(updates))
 
 
 def widen(tree: Any) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,13 @@ from deltal_jax.model.lora import overlay
 from deltal_jax.parallel.sharding import row_shards
 from deltal_jax.training.buckets import make_buckets, make_minibatches, padding_fraction
 from deltal_jax.training.collect import Collected
-from deltal_jax.training.objective import minibatch_ids, reject, weigh
+from deltal_jax.training.objective import Weighted, minibatch_ids, reject, weigh
 from deltal_jax.training.optimizer import learning_rate
 from deltal_jax.training.setup import Setup
 from deltal_jax.training.step import Meters, Update, UpdateReport
 from deltal_jax.types import Bucket, Rollout, TrainState
+
+Transform = Callable[[Weighted], Weighted]
 
 
 def update_policy(
@@ -29,15 +31,16 @@ def update_policy(
     state: TrainState,
     batch: Collected,
     watch: StepWatch | None = None,
+    transform: Transform | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """All optimizer updates on one rollout batch: epochs × mini-batches. `watch` is shown every
-    one, and may end the run."""
+    one, and may end the run. `transform` is that of `make_updates`."""
     clock = time.perf_counter()
     batch = with_logprobs(setup, update, state, batch)
     recomputed = time.perf_counter()
     if watch is not None:
         watch.begin(state, batch)
-    minibatches, metrics = make_updates(setup, batch)
+    minibatches, metrics = make_updates(setup, batch, transform)
     schedule = learning_rate(setup.config.rl.optimizer, setup.config.rl.updates)
     rate = float(np.asarray(schedule(int(state.updates))))
     reports: list[UpdateReport] = []
@@ -68,12 +71,17 @@ def with_logprobs(setup: Setup, update: Update, state: TrainState, batch: Collec
     return dataclasses.replace(batch, old_logprobs=old, reference_logprobs=reference)
 
 
-def make_updates(setup: Setup, batch: Collected) -> tuple[list[list[Bucket]], dict[str, float]]:
-    """The micro-batches of each update of one epoch, and the metrics that no update changes."""
+def make_updates(
+    setup: Setup, batch: Collected, transform: Transform | None = None
+) -> tuple[list[list[Bucket]], dict[str, float]]:
+    """The micro-batches of each update of one epoch, and the metrics that no update changes.
+    `transform` puts others in the place of the method's weights, for an experiment with them."""
     config, rollout, old, mismatch = setup.config, batch.rollout, batch.old_logprobs, {}
     if old is not None:
         rollout, mismatch = reject(config.objective, rollout, old)
     weighted = weigh(config, rollout, batch.rewards)
+    if transform is not None:
+        weighted = transform(weighted)
     minibatches = make_minibatches(
         rollout,
         minibatch_ids(config, rollout),

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from deltal_jax.config import Config
+from deltal_jax.config import Config, OptimizerConfig
 from deltal_jax.data.prompts import Drawn, draw_prompts, encode_prompts, train_tokenizer
 from deltal_jax.data.tokenizer import Tokenizer, read_tokenizer
 from deltal_jax.errors import UserError
@@ -40,7 +40,7 @@ from deltal_jax.tasks.catalog import make_task
 from deltal_jax.tasks.files import load_rewards
 from deltal_jax.training.describe import sampling_parts
 from deltal_jax.training.devices import make_sampling_mesh, make_training_mesh
-from deltal_jax.training.objective import make_loss
+from deltal_jax.training.objective import loss_config, make_loss
 from deltal_jax.training.optimizer import make_optimizer
 from deltal_jax.training.step import SUPERVISED, Update
 from deltal_jax.types import Prompts
@@ -277,16 +277,25 @@ def make_update(setup: Setup, phase: str) -> Update:
     """The update of the phase "sft" or "rl"; the same object where the config says the same of it,
     so that a second run in this process compiles nothing."""
     config = setup.config
-    read = Config(sft=config.sft, rl=config.rl, rollout=config.rollout, objective=config.objective)
-    return _make_update(setup.graphdef, read, phase, setup.mesh)
+    if phase == "sft":
+        options, steps, loss = config.sft.optimizer, config.sft.steps, None
+    else:
+        options, steps = config.rl.optimizer, config.rl.updates
+        loss = loss_config(config)
+    if options.schedule == "constant":
+        steps = 0  # nothing depends on it
+    return _make_update(setup.graphdef, options, steps, loss, setup.mesh)
 
 
 @functools.lru_cache(maxsize=8)
-def _make_update(graphdef: nnx.GraphDef, config: Config, phase: str, mesh: Mesh | None) -> Update:
-    if phase == "sft":
-        options, steps, terms = config.sft.optimizer, config.sft.steps, SUPERVISED
-    else:
-        options, steps, terms = config.rl.optimizer, config.rl.updates, make_loss(config)
+def _make_update(
+    graphdef: nnx.GraphDef,
+    options: OptimizerConfig,
+    steps: int,
+    loss: Config | None,
+    mesh: Mesh | None,
+) -> Update:
+    terms = SUPERVISED if loss is None else make_loss(loss)
     optimizer = make_optimizer(options, steps)
     return Update(graphdef, optimizer, terms, mesh=mesh, moment_dtype=options.moment_dtype)
 

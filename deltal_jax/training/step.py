@@ -134,6 +134,7 @@ class Update:
         self.optimizer = optimizer
         self.mesh = mesh
         self.moment_dtype = moment_dtype
+        self._inits: dict[Any, Callable[..., TrainState]] = {}
         #: Rows of a bucket are a multiple of this.
         self.row_multiple = shards = 1 if mesh is None else row_shards(mesh)
         # Said of all that is made here, as it is of what is restored: to JAX these are programs of
@@ -228,17 +229,20 @@ class Update:
         trained parameters as those of the reference model; `donate` gives the memory of `params` to
         the state."""
 
-        def init(params: Any) -> TrainState:
+        def init(params: Any, key: Array) -> TrainState:
             part = trained(params)
             kept = jax.tree.map(jnp.copy, part) if reference else None
             opt_state = self._store(self.optimizer.init(widen(part)))
             return TrainState(params, opt_state, jnp.zeros((), jnp.int32), key, kept)
 
-        shardings = self._device
-        if self.mesh is not None:
-            shardings = state_shardings(self.mesh, jax.eval_shape(init, params))
-        donated = (0,) if donate else ()
-        return jax.jit(init, donate_argnums=donated, out_shardings=shardings)(params)
+        kind = jax.tree.structure(params), reference, donate
+        if kind not in self._inits:
+            shardings = self._device
+            if self.mesh is not None:
+                shardings = state_shardings(self.mesh, jax.eval_shape(init, params, key))
+            donated = (0,) if donate else ()
+            self._inits[kind] = jax.jit(init, donate_argnums=donated, out_shardings=shardings)
+        return self._inits[kind](params, key)
 
     def place(self, bucket: Bucket) -> Bucket:
         """The bucket on the device, or on those of the mesh, its rows split over them."""
