@@ -99,7 +99,11 @@ def _check_optimizer(section: str, options: OptimizerConfig) -> None:
         )
     for name in ("b1", "b2", "epsilon") if options.rule == "sgd" else ():
         if getattr(options, name) != getattr(default, name):
-            raise UserError(f"{section}.{name}: is Adam's; leave it out, or set {section}.rule")
+            usual = getattr(default, name)
+            raise UserError(
+                f"{section}.{name}: is Adam's; set it to its default {usual:g}, as {section}.rule "
+                "is sgd"
+            )
 
 
 def _check_task(task: TaskConfig) -> None:
