@@ -17,7 +17,7 @@ methods:
   one: {objective.alpha: 0.5}
   two: {set: {objective.aggregation: token_mean}, seeds: [7, 8, 9]}
 controls:
-  shuffled: {weights: permuted, expect: as bad as two}
+  shuffled: {weights: permuted, of: two, kind: null, expect: as bad as two}
 """
 
 
@@ -43,6 +43,7 @@ def test_cells_are_whole_pairs_first_and_differ_by_seed_and_method_alone(write):
     )
     assert cells[2].config == load_config("countdown-tiny", shared | {"seed": 3})
     assert [m.control for m in plan.methods] == [False, False, True]
+    assert (plan.methods[2].of, plan.methods[2].kind) == ("two", "null")  # YAML reads nothing
     assert [m.permuted for m in plan.methods] == [False, False, True]
 
 
@@ -84,6 +85,8 @@ def test_a_plan_may_lie_over_a_base_and_name_an_experiment_beside_it(write):
         ("seeds: [3, 1]", "seeds: [3]\nreference: three", "reference: 'three' is not one of"),
         ("  one:", "  shuffled:", "controls.shuffled: a method has that name; choose another"),
         ("  one:", "  a/b:", "methods.a/b: a name is made of letters, digits"),
+        ("of: two", "of: nobody", "controls.shuffled.of: 'nobody' is not one of"),
+        ("kind: null", "kind: [1]", "controls.shuffled.kind: expected text, got [1]"),
         ("permuted", "same", "controls.shuffled.weights: expected permuted, or nothing"),
         ("{objective.alpha: 0.5}", "{objective.alpha: 9}", "methods.one: objective.alpha: must be"),
         ("{objective.alpha: 0.5}", "5", "methods.one: expected fields by name, got 5"),

@@ -63,9 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _findings(folder: Path) -> str:
-    from deltal_jax.compare.runner import final_table
+    from deltal_jax.compare.findings import write_findings
 
-    return final_table(folder)
+    try:
+        return write_findings(folder)
+    except UserError as error:  # the cells are good all the same
+        return f"no findings: {error}"
 
 
 def _command(arguments: argparse.Namespace, folder: Path) -> str:

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from deltal_jax.compare.clock import Stopwatch
-from deltal_jax.compare.plan import Cell
-from deltal_jax.compare.warmups import digest
+from deltal_jax.compare.plan import Cell, chosen
+from deltal_jax.compare.warmups import PLACES, digest
 from deltal_jax.config import Config
 from deltal_jax.guard.pulse import phase
 from deltal_jax.metrics import finite
@@ -28,12 +28,13 @@ from deltal_jax.training.run_folder import write_text
 from deltal_jax.training.setup import Setup, make_engine, make_update
 from deltal_jax.training.trained import root_key
 
-#: Of a cell's file. Raise it when the same fields would give another result.
+#: Of a cell's file. Raise it when the same fields would give another result, as where a default
+#: changes.
 FORMAT = 1
 #: Keeps the draws of permuted weights apart from others of the same seed.
 PERMUTATION = 0x7065726D
 #: Sections of the config that decide nothing of a result.
-IDLE = ("run", "checkpoint", "guard", "watchdog")
+IDLE = ("run.", "checkpoint.", "guard.", "watchdog.")
 #: Metrics that are not kept: they are not the same twice.
 CLOCKS = ("time/", "throughput/", "overlap/")
 #: Of a metric of a step, significant digits that are kept.
@@ -45,10 +46,14 @@ Show = Callable[[int, dict[str, float]], None]
 def fingerprint(setup: Setup, cell: Cell, warmup: str) -> str:
     """A hash of all that decides a cell's result; `warmup` is the identity of what it starts
     from."""
-    tree = dataclasses.asdict(cell.config)
+    decides = {
+        name: value
+        for name, value in chosen(cell.config).items()
+        if not name.startswith(IDLE) and name not in PLACES
+    }
     facts = {
         "format": FORMAT,
-        "config": {name: section for name, section in tree.items() if name not in IDLE},
+        "config": decides,
         "permuted": cell.method.permuted,
         "data": data_fingerprint(setup.task),
         "warmup": warmup,

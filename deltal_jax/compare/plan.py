@@ -18,7 +18,7 @@ from deltal_jax.objective.names import unknown_name
 
 #: What a plan says, and what a method says where it says more than fields of the config.
 KEYS = ("experiment", "set", "seeds", "warmups", "reference", METHODS, "controls")
-METHOD_KEYS = ("set", "weights", "seeds", "expect")
+METHOD_KEYS = ("set", "weights", "seeds", "of", "kind", "expect")
 #: Sections that a method may set; a dot at the end means all below.
 FREE = ("objective.", "rl.", "rollout.", "task.overlong_buffer", "task.overlong_factor")
 #: And what of them it may not: curves of two methods have the same steps, problems and places.
@@ -42,7 +42,10 @@ class Method:
     #: Whether the weights of each batch are permuted among its responses.
     permuted: bool = False
     control: bool = False
-    #: What a control should show, in words.
+    #: Of a control: what it is compared with, how it is read (see `controls.py`), and what it
+    #: should show, in words; empty where the plan does not say.
+    of: str = ""
+    kind: str = ""
     expect: str = ""
 
 
@@ -120,7 +123,18 @@ class Plan:
             found["weights"] = "permuted"
         if method.seeds != self.seeds:
             found["seeds"] = list(method.seeds)
-        return found | ({"expect": method.expect} if method.expect else {})
+        said = {"of": method.of, "kind": method.kind, "expect": method.expect}
+        return found | {key: text for key, text in said.items() if text}
+
+
+def chosen(config: Config) -> dict[str, Any]:
+    """The fields whose value is not the default, by name: a field that a later version adds does
+    not change what a config says."""
+    found = {}
+    for name, _, default, _ in describe_fields():
+        if (value := operator.attrgetter(name)(config)) != default:
+            found[name] = value
+    return found
 
 
 def load_plan(name: str | Path, overrides: dict[str, Any] | None = None) -> Plan:
@@ -153,15 +167,7 @@ def load_plan(name: str | Path, overrides: dict[str, Any] | None = None) -> Plan
         for section in (METHODS, "controls")
         for key, value in _mapping(section, tree.get(section)).items()
     )
-    names = [method.name for method in methods]
-    if len(names) == sum(method.control for method in methods):
-        raise UserError(f"{METHODS}: name at least one")
-    for method in methods:
-        if names.count(method.name) > 1:
-            raise UserError(f"controls.{method.name}: a method has that name; choose another")
-    reference = tree.get("reference", names[0])
-    if reference not in names:
-        raise UserError(unknown_name("reference", reference, names))
+    reference = _reference(tree.get("reference"), methods)
     config = load_config(experiment, shared)
     plan = Plan(
         path.stem,
@@ -222,8 +228,32 @@ def _method(field: str, name: str, value: Any, seeds: tuple[int, ...], *, contro
         _seeds(f"{field}.seeds", tree["seeds"]) if "seeds" in tree else seeds,
         permuted=weights == "permuted",
         control=control,
-        expect=str(tree.get("expect", "")),
+        of=_text(f"{field}.of", tree.get("of", "")),
+        kind=_text(f"{field}.kind", tree.get("kind", "") or "null" * ("kind" in tree)),
+        expect=_text(f"{field}.expect", tree.get("expect", "")),
     )
+
+
+def _reference(value: Any, methods: tuple[Method, ...]) -> str:
+    """What the others are compared with. Raises UserError for names that no two or none have."""
+    names = [method.name for method in methods]
+    if len(names) == sum(method.control for method in methods):
+        raise UserError(f"{METHODS}: name at least one")
+    for method in methods:
+        if names.count(method.name) > 1:
+            raise UserError(f"controls.{method.name}: a method has that name; choose another")
+        if method.of and method.of not in names:
+            raise UserError(unknown_name(f"controls.{method.name}.of", method.of, names))
+    reference = names[0] if value is None else value
+    if reference not in names:
+        raise UserError(unknown_name("reference", reference, names))
+    return reference
+
+
+def _text(field: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{field}: expected text, got {value!r}")
+    return value
 
 
 def _warmups(value: Any, config: Config) -> int | tuple[str, ...]:

@@ -4,7 +4,6 @@ once; another process may work on the same folder beside it."""
 import contextlib
 import dataclasses
 import fcntl
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +103,8 @@ class Comparison:
                 "control": method.control,
                 "set": method.overrides,
                 "weights": "permuted" if method.permuted else None,
+                "of": method.of,
+                "kind": method.kind,
                 "expect": method.expect,
                 "seeds": list(method.seeds),
                 "done": sum(self.path(c).is_file() for c in self.cells if c.method == method),
@@ -279,19 +280,3 @@ def _spoken(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def final_table(folder: Path) -> str:
-    """Of each method the mean of its cells' last Avg@k, in the order of the names."""
-    found: dict[str, list[float]] = {}
-    for path in sorted((folder / CELLS).glob("*/seed-*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found.setdefault(content["method"], []).append(content["evaluations"][-1]["avg_at_k"])
-    width = max(map(len, found), default=0) + 2
-    rows = [f"{'':{width}}{'cells':>6}{'mean':>8}{'lowest':>8}{'highest':>9}"]
-    for name, values in found.items():
-        mean = sum(values) / len(values)
-        rows.append(
-            f"{name:{width}}{len(values):>6}{mean:>8.3f}{min(values):>8.3f}{max(values):>9.3f}"
-        )
-    return "\n".join(rows)

@@ -14,7 +14,7 @@ import numpy as np
 
 from deltal_jax.checkpoints.manifest import NAME
 from deltal_jax.checkpoints.reader import SavedSteps
-from deltal_jax.compare.plan import Plan
+from deltal_jax.compare.plan import Plan, chosen
 from deltal_jax.config import Config
 from deltal_jax.errors import UserError
 from deltal_jax.model import huggingface
@@ -33,6 +33,8 @@ from deltal_jax.training.trained import load_trained, root_key
 
 #: In the folder of a warm-up: what it was made by.
 FACTS = "warmup.json"
+#: Where something lies, which is known by what it holds.
+PLACES = ("model.path", "model.revision")
 #: Steps between two looks at how it goes.
 LOOK = 100
 
@@ -52,10 +54,12 @@ def identity(setup: Setup, plan: Plan, number: int) -> str:
 
 def deciding(config: Config) -> dict[str, Any]:
     """The fields that a warm-up depends on."""
-    tree = dataclasses.asdict(config)
-    model = {k: v for k, v in tree["model"].items() if k not in ("path", "revision")}
-    kept = {name: tree[name] for name in ("task", "data", "sft")}
-    return kept | {"model": model, "edges": config.bucket_edges}
+    kept = {
+        name: value
+        for name, value in chosen(config).items()
+        if name.startswith(("task.", "data.", "model.", "sft.")) and name not in PLACES
+    }
+    return kept | {"edges": config.bucket_edges}
 
 
 def digest(facts: Any) -> str:
