@@ -2,9 +2,14 @@
 
 import argparse
 
-from deltal_jax.cli import checkpoints, metrics, replay
+from deltal_jax.cli import checkpoints, doctor, metrics, replay
 
-COMMANDS = {"checkpoints": checkpoints, "replay": replay, "metrics": metrics}
+COMMANDS = {
+    "doctor": doctor,
+    "checkpoints": checkpoints,
+    "replay": replay,
+    "metrics": metrics,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
