@@ -1,10 +1,15 @@
-"""Look into a run: its checkpoints, and steps that it kept for replay."""
+"""Look into a run: is it sound, its checkpoints, steps kept for replay, what its metrics mean."""
 
 import argparse
 
-from deltal_jax.cli import checkpoints, replay
+from deltal_jax.cli import checkpoints, doctor, metrics, replay
 
-COMMANDS = {"checkpoints": checkpoints, "replay": replay}
+COMMANDS = {
+    "doctor": doctor,
+    "checkpoints": checkpoints,
+    "replay": replay,
+    "metrics": metrics,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
