@@ -118,3 +118,5 @@ class TrainState:
     #: Parameters of the reference model that training changes (`lora.trained`), where there is a KL
     #: term; they never change.
     reference: Any = None
+    #: Running mean of past gradients, where the exponent looks to them (`objective.alpha: mse`).
+    direction: Any = None

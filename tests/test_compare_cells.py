@@ -165,7 +165,7 @@ def test_neither_another_method_nor_another_seed_compiles_an_update_rollout_or_e
 )
 def test_permuted_weights_are_the_same_ones_among_the_responses_that_carry_any(weights, seed, step):
     given = np.asarray(weights, np.float32)
-    weighted = Weighted(given, given, given, None, {})
+    weighted = Weighted(given, given, given, None, {}, given)
     found = permute_weights(weighted, seed, step)
     np.testing.assert_array_equal(np.sort(found.weights), np.sort(given))
     np.testing.assert_array_equal(found.weights == 0, given == 0)

@@ -21,6 +21,7 @@ from deltal_jax.metrics import finite
 from deltal_jax.training.ahead import open_batches
 from deltal_jax.training.collect import Collected
 from deltal_jax.training.evaluate import Evaluation, evaluate
+from deltal_jax.training.meters import LiveMeters
 from deltal_jax.training.objective import Weighted, weigh
 from deltal_jax.training.opening import choose_rewards, data_fingerprint
 from deltal_jax.training.policy import Transform, update_policy
@@ -77,7 +78,7 @@ def run_cell(setup: Setup, cell: Cell, start: Any, known: str, show: Show) -> di
     evaluations: list[dict[str, Any]] = []
     train: list[dict[str, float]] = []
     first: dict[str, list[Any]] = {}
-    tokens = 0
+    tokens, live = 0, LiveMeters(config)
 
     def look(step: int) -> None:
         with phase("evaluation", f"RL step {step}"):
@@ -93,9 +94,11 @@ def run_cell(setup: Setup, cell: Cell, start: Any, known: str, show: Show) -> di
             with watch.running():
                 batch = batches.next(state.params, step - 1)
             if step == 1:
-                first = first_batch(setup, batch, transform)
+                first = first_batch(setup, batch, live.alpha, transform)
             with watch.running():
-                state, metrics = update_policy(setup, update, state, batch, transform=transform)
+                state, metrics = update_policy(
+                    setup, update, state, batch, live=live, transform=transform
+                )
                 jax.block_until_ready(state.params)
             train.append(metrics | batch.metrics)
             trained = float(batch.rollout.response_lengths.sum())
@@ -147,11 +150,11 @@ def summarise(found: Evaluation, task: str) -> dict[str, Any]:
 
 
 def first_batch(
-    setup: Setup, batch: Collected, transform: Transform | None
+    setup: Setup, batch: Collected, alpha: float, transform: Transform | None
 ) -> dict[str, list[Any]]:
     """Lengths, weights and advantages of a batch: those of step 1 are of the same responses for all
     methods of a seed."""
-    weighted = weigh(setup.config, batch.rollout, batch.rewards)
+    weighted = weigh(setup.config, batch.rollout, batch.rewards, alpha)
     if transform is not None:
         weighted = transform(weighted)
     return {

@@ -21,6 +21,7 @@ from deltal_jax.config.files import (
 )
 from deltal_jax.config.rules import SCOPED
 from deltal_jax.config.schema import (
+    AdaptiveConfig,
     Advantage,
     Aggregation,
     CheckpointConfig,
@@ -31,6 +32,7 @@ from deltal_jax.config.schema import (
     GuardConfig,
     LoraConfig,
     MeshConfig,
+    MetersConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -45,6 +47,7 @@ from deltal_jax.config.tasks import TaskConfig
 
 __all__ = [
     "SCOPED",
+    "AdaptiveConfig",
     "Advantage",
     "Aggregation",
     "CheckpointConfig",
@@ -55,6 +58,7 @@ __all__ = [
     "GuardConfig",
     "LoraConfig",
     "MeshConfig",
+    "MetersConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",

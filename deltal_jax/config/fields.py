@@ -54,8 +54,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             return value
         raise UserError(unknown_name(path, value, args))
     if origin in (typing.Union, types.UnionType):
-        inner = next(a for a in args if a is not type(None))
-        return None if value is None else _convert(inner, value, path)
+        return _alternative(hint, value, path)
     if origin is dict:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise UserError(f"{path}: expected {_spell(hint)}, got {value!r}")
@@ -75,6 +74,17 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     raise UserError(f"{path}: expected {_spell(hint)}, got {value!r}")
 
 
+def _alternative(hint: Any, value: Any, path: str) -> Any:
+    """The value of a field that may also be null, or a number that may also be a word."""
+    kind, other = typing.get_args(hint)
+    if value in ((None,) if other is type(None) else typing.get_args(other)):
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if other is type(None) or number:
+        return _convert(kind, value, path)
+    raise UserError(f"{path}: expected {_spell(hint)}, got {value!r}")
+
+
 def _bound(value: Any, metadata: Any, path: str) -> None:
     low, high = metadata["low"], metadata["high"]
     if isinstance(value, dict):
@@ -82,6 +92,8 @@ def _bound(value: Any, metadata: Any, path: str) -> None:
             _bound(item, metadata, f"{path}.{name}")
         return
     for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, str):  # a word where there are also numbers
+            continue
         if isinstance(item, float) and not math.isfinite(item):
             raise UserError(f"{path}: must be finite, got {item}")
         if low is not None and item is not None and item < low:

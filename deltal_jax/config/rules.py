@@ -4,6 +4,7 @@ import dataclasses
 from urllib.parse import urlsplit
 
 from deltal_jax.config.schema import (
+    AdaptiveConfig,
     Config,
     ModelConfig,
     ObjectiveConfig,
@@ -323,6 +324,7 @@ def _check_objective(objective: ObjectiveConfig) -> None:
                 f"objective.count_masked: {method} has no denominator that keeps filtered "
                 "responses; leave it at false"
             )
+    _check_exponent(objective)
     low = objective.clip_low
     if low is not None and low > 1 and objective.surrogate != "gmpo":
         raise UserError(f"objective.clip_low: 1 - {low:g} is below every ratio; use at most 1")
@@ -337,4 +339,27 @@ def _check_objective(objective: ObjectiveConfig) -> None:
         raise UserError(
             "objective.importance_correction: needs the trainer's own log-probabilities; set "
             "objective.old_logprobs=recompute"
+        )
+
+
+def _check_exponent(objective: ObjectiveConfig) -> None:
+    adaptive = objective.adaptive
+    if not isinstance(objective.alpha, str):
+        for field in dataclasses.fields(AdaptiveConfig):
+            if getattr(adaptive, field.name) != field.default:
+                raise UserError(
+                    f"objective.adaptive.{field.name}: set objective.alpha=beta too, or leave it "
+                    "out"
+                )
+        return
+    if objective.aggregation != "delta_l":
+        raise UserError(
+            f"objective.alpha: {objective.alpha} is an exponent of delta_l; set "
+            "objective.aggregation=delta_l, or leave it out"
+        )
+    ends = adaptive.range
+    if len(ends) != 2 or not -1 <= ends[0] <= ends[1] <= 3:
+        raise UserError(
+            "objective.adaptive.range: give the lowest and the highest exponent, both in -1 … 3, "
+            f"such as [0.5, 1.25], got {list(ends)}"
         )

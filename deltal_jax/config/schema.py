@@ -192,9 +192,23 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdaptiveConfig:
+    start: int = field(8, "steps with an exponent of 1, before it first follows", low=1)
+    every: int = field(5, "steps between two changes of the exponent", low=1)
+    range: tuple[float, ...] = field((0.5, 1.25), "lowest and highest exponent, in -1 … 3")
+
+
+@dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     aggregation: Aggregation = field("delta_l", "weights of the responses' token sums")
-    alpha: float = field(1.0, "exponent of delta_l", low=-1.0, high=3.0)
+    alpha: float | Literal["beta", "mse"] = field(
+        1.0,
+        "exponent of delta_l: a number; beta: it follows the measured growth of the gradient's "
+        "variance with length; mse (experimental): it seeks the best agreement with past gradients",
+        low=-1.0,
+        high=3.0,
+    )
+    adaptive: AdaptiveConfig = field(AdaptiveConfig, "where objective.alpha is beta or mse")
     scope: Scope = field("batch", "what the weights are normalised over")
     normalizer: float | None = field(
         None, "the constant M; default: rollout.max_response_length", low=1e-9
@@ -324,6 +338,21 @@ class GuardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MetersConfig:
+    variance: bool = field(
+        False,
+        "take the gradient of each micro-batch in two halves, whose difference tells its variance; "
+        "objective.alpha=beta does so whatever this says",
+    )
+    every: int = field(
+        0,
+        "RL steps between two comparisons with the unweighted gradient, for which a third gradient "
+        "is held; 0: none",
+        low=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class WatchdogConfig:
     seconds: float | None = field(
         900.0, "without a sign of life, compiling included, before it says so; null: never", low=0.1
@@ -364,9 +393,15 @@ class Config:
     rl: RlConfig = field(RlConfig, "reinforcement learning")
     evaluate: EvaluateConfig = field(EvaluateConfig, "evaluation on held-out problems")
     checkpoint: CheckpointConfig = field(CheckpointConfig, "checkpoints")
+    meters: MetersConfig = field(MetersConfig, "what is measured of the gradients")
     guard: GuardConfig = field(GuardConfig, "when a run warns, leaves out an update, or stops")
     watchdog: WatchdogConfig = field(WatchdogConfig, "what notices that a run hangs")
     mesh: MeshConfig = field(MeshConfig, "devices that train; -1: the rest of them")
+
+    @property
+    def halves(self) -> bool:
+        """Whether the gradient of each micro-batch is taken in two halves."""
+        return self.meters.variance or self.objective.alpha == "beta"
 
     @property
     def bucket_edges(self) -> tuple[int, ...]:

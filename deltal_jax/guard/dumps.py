@@ -55,6 +55,8 @@ class Record:
     first: int
     reports: Sequence[UpdateReport]
     metrics: dict[str, float] | None = None
+    #: The exponent that weighed its batch; None in those from before it could change.
+    alpha: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,7 @@ def save_record(folder: Path, record: Record) -> None:
             for r in record.reports
         ],
         "metrics": record.metrics,
+        "alpha": record.alpha,
     }
     if is_first():
         run_folder.write_text(folder / RECORD, json.dumps(plain) + "\n")
@@ -145,4 +148,4 @@ def _load_record(plain: dict[str, Any]) -> Record:
         UpdateReport(r["loss"], Meters.from_plain(r["meters"]), r["norms"], r["skipped"])
         for r in plain["reports"]
     ]
-    return Record(plain["step"], plain["first"], reports, plain["metrics"])
+    return Record(plain["step"], plain["first"], reports, plain["metrics"], plain.get("alpha"))

@@ -10,6 +10,7 @@ import numpy as np
 
 from deltal_jax.backend import enable_compile_cache
 from deltal_jax.guard.dumps import Dump
+from deltal_jax.training.meters import first_exponent
 from deltal_jax.training.policy import make_updates, step_metrics
 from deltal_jax.training.setup import make_update
 from deltal_jax.training.step import Health, Update, UpdateReport
@@ -56,8 +57,9 @@ def replay(dump: Dump) -> Replayed:
     enable_compile_cache()
     config, record = dump.setup.config, dump.record
     update, state = make_update(dump.setup, "rl"), dump.state
-    minibatches, fixed = make_updates(dump.setup, dump.batch)
-    plan = minibatches * config.rl.epochs_per_rollout
+    alpha = first_exponent(config) if record.alpha is None else record.alpha
+    step = make_updates(dump.setup, dump.batch, alpha)
+    plan = step.minibatches * config.rl.epochs_per_rollout
     left_out = [at for at, report in enumerate(record.reports) if report.skipped]
     looked_at = next((at for at in left_out if at >= record.first), record.first)
     reports = list(record.reports[: record.first])
@@ -75,10 +77,10 @@ def replay(dump: Dump) -> Replayed:
         for name, value in _figures(reports[number]).items():
             figures[f"update {number + 1}: {name}"] = known.get(name), value
     if len(reports) == len(plan):
-        for name, value in step_metrics(config, fixed, reports).items():
+        for name, value in step_metrics(config, step.metrics, reports).items():
             figures[name] = (record.metrics or {}).get(name), value
     done = reports[record.first :]
-    return Replayed(record.first, len(minibatches), done, looked_at, health, looked, figures)
+    return Replayed(record.first, len(step.minibatches), done, looked_at, health, looked, figures)
 
 
 def _look(update: Update, params: Any, bucket: Bucket) -> Looked:

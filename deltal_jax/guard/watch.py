@@ -25,12 +25,14 @@ class StepWatch:
     def __init__(self, run: Run, step: int):
         self._run, self._step = run, step
         self._batch: Collected | None = None
+        self._alpha = 1.0
         self._reports: Sequence[UpdateReport] = []
         self._dumps: dict[Path, int] = {}  # of this step, with the update that each begins at
 
-    def begin(self, state: TrainState, batch: Collected) -> None:
-        """Before the first update, with the batch as all updates take it."""
-        self._batch = batch
+    def begin(self, state: TrainState, batch: Collected, alpha: float) -> None:
+        """Before the first update, with the batch as all updates take it and the exponent that
+        weighs it."""
+        self._batch, self._alpha = batch, alpha
         if self._step in (self._run.setup.config.guard.dump_steps or ()):
             self._dump(state, 0)
 
@@ -70,7 +72,7 @@ class StepWatch:
         """Keep the step from an update on; says where. A dump that fails is no reason to stop."""
         assert self._batch is not None
         folder = self._run.folder / DUMPS / f"step-{self._step:06d}-update-{first + 1}"
-        record = Record(self._step, first, self._reports)
+        record = Record(self._step, first, self._reports, alpha=self._alpha)
         self._run.settle(self._step)  # two saves at once meet at the same barriers of Orbax
         failure: Exception | None = None
         try:
@@ -85,7 +87,8 @@ class StepWatch:
     def _record(self, metrics: dict[str, Any] | None) -> None:
         for folder, first in self._dumps.items():
             with contextlib.suppress(OSError):  # the record that is there is of fewer updates
-                save_record(folder, Record(self._step, first, self._reports, metrics))
+                record = Record(self._step, first, self._reports, metrics, self._alpha)
+                save_record(folder, record)
 
 
 def finite_updates(

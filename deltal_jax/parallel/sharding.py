@@ -131,6 +131,11 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
+def half_sharding(mesh: Mesh) -> NamedSharding:
+    """For arrays [2, N, …] of two halves of rows: each lies as `row_sharding` says."""
+    return NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
+
+
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """How many parts `row_sharding` splits rows into; rows of a bucket are a multiple of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -179,7 +179,7 @@ def make_minibatches(
     minibatches = []
     for number in np.unique(minibatch_ids):
         indices = np.flatnonzero(minibatch_ids == number)
-        share = len(minibatch_ids) / len(indices) if factor is None else factor
+        share = minibatch_share(minibatch_ids, number, factor)
         minibatches.append(
             make_buckets(
                 rollout,
@@ -191,6 +191,13 @@ def make_minibatches(
             )
         )
     return minibatches
+
+
+def minibatch_share(minibatch_ids: np.ndarray, number: int, factor: float | None) -> float:
+    """What multiplies the weights of the responses of a mini-batch: `factor`, or B / B_mb."""
+    if factor is not None:
+        return factor
+    return len(minibatch_ids) / int(np.sum(minibatch_ids == number))
 
 
 def padding_fraction(buckets: list[Bucket]) -> float:

@@ -16,6 +16,7 @@ from deltal_jax.rollout.checks import sampling_memory
 from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.tasks.base import Task
 from deltal_jax.training.buckets import bucket_rows
+from deltal_jax.training.meters import first_exponent
 from deltal_jax.training.objective import normalizer, surrogate_options
 
 #: Of what the update adds and computes in, whatever is stored.
@@ -49,6 +50,8 @@ def formula(config: Config) -> str:
             f"ρ_it = {CORRECTIONS[o.importance_correction]}, ρ = π_old / π_sampler, "
             f"C = {o.correction_threshold:g}"
         )
+    if isinstance(o.alpha, str):
+        lines.append(f"α    = {_exponent(config)}")
     methods = {o.aggregation}
     if o.kl_coefficient or o.entropy_coefficient:
         methods.add(o.auxiliary_aggregation)
@@ -119,8 +122,9 @@ def _weight(config: Config, aggregation: Aggregation) -> str:
     among, number, averaged = _scope(config)
     inverse_m = f"(1/{normalizer(config):g})"
     groups = ", K groups that have anything to train"
+    alpha = "α" if isinstance(o.alpha, str) else f"{o.alpha:g}"
     weight = {
-        "delta_l": f"{inverse_m} · L_i^-{o.alpha:g} / Σ_({among}) L_j^-{o.alpha:g}",
+        "delta_l": f"{inverse_m} · L_i^-{alpha} / Σ_({among}) L_j^-{alpha}",
         "constant_length": f"{inverse_m} / {number}",
         "sequence_mean": f"1 / ({number} · L_i)",
         "token_mean": f"1 / Σ_({among}) L_j",
@@ -134,6 +138,21 @@ def _weight(config: Config, aggregation: Aggregation) -> str:
         f"v(L) = L + 2 Σ_h max(L - h, 0) ρ_h, ρ = {list(o.rho or ())}",
     }[aggregation]
     return f"{averaged}{weight}{groups if averaged else ''}"
+
+
+def _exponent(config: Config) -> str:
+    """What an exponent that is no number is, in words."""
+    adaptive = config.objective.adaptive
+    low, high = (f"{x:g}" for x in adaptive.range)
+    what = {
+        "beta": "follows β̂, with Var(g_i) ∝ L_i^β̂ in the steps before",
+        "mse": "maximises uᵀX / √(uᵀNu) - 0.1 (α - 1)², u_j = L_j^-α, of the steps before "
+        "(experimental)",
+    }[str(config.objective.alpha)]
+    return (
+        f"{first_exponent(config):g} for {adaptive.start} steps; from then on it {what}: anew "
+        f"every {adaptive.every} steps, in {low} … {high}"
+    )
 
 
 def _token_loss(config: Config) -> str:
@@ -291,16 +310,18 @@ def memory_estimate(
         BYTES[name] for name in ("bfloat16", model.param_dtype, model.compute_dtype)
     )
     edges, budget = config.bucket_edges, config.rl.tokens_per_microbatch
-    shards = 1 if mesh is None else row_shards(mesh)
+    parts_of_rows = (1 if mesh is None else row_shards(mesh)) * (2 if config.halves else 1)
     activations = max(
-        _activations(arch, bucket_rows(edge, budget, shards) // shards, edge, computed)
+        _activations(
+            arch, bucket_rows(edge, budget, parts_of_rows) // parts_of_rows, edge, computed
+        )
         for edge in edges
     )
     copied = config.rollout.ahead and config.rollout.devices is None
     parts = {
         "parameters": own * stored + frozen * narrow,
         "optimizer": 2 * own * BYTES[config.rl.optimizer.moment_dtype],
-        "gradients": 2 * own * FLOAT_BYTES,
+        "gradients": (2 + config.halves + (config.meters.every > 0)) * own * FLOAT_BYTES,
         "reference": own * stored if config.objective.kl_coefficient else 0,
         "activations": activations,
         "sampling_copy": copied * (own * stored + frozen * narrow),

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltal_jax.config import Aggregation, Config, ObjectiveConfig, RolloutConfig
+from deltal_jax.config import AdaptiveConfig, Aggregation, Config, ObjectiveConfig, RolloutConfig
 from deltal_jax.errors import UserError
 from deltal_jax.objective.advantages import ADVANTAGES
 from deltal_jax.objective.aggregation import AGGREGATIONS
@@ -60,6 +60,8 @@ class Weighted:
     #: What multiplies the weights in the loss of a mini-batch; None: B / B_mb.
     minibatch_factor: float | None
     metrics: dict[str, float]
+    #: The weights of `constant_length` instead: as if no response were weighed by its length.
+    unweighted: np.ndarray
 
 
 def normalizer(config: Config) -> float:
@@ -85,8 +87,11 @@ def microbatch_ids(config: Config, minibatches: np.ndarray) -> np.ndarray:
     return np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1).astype(np.int32)
 
 
-def weigh(config: Config, rollout: Rollout, rewards: np.ndarray) -> Weighted:
-    """Advantages and weights of a rollout batch, by the lengths that its loss mask leaves.
+def weigh(
+    config: Config, rollout: Rollout, rewards: np.ndarray, alpha: float | None = None
+) -> Weighted:
+    """Advantages and weights of a rollout batch, by the lengths that its loss mask leaves, with the
+    exponent `alpha` of delta_l; None: the config's number.
 
     A missing reward (NaN) is left out of its group's statistics. A response that the overlong
     filter takes (see `not_overlong`) is part of them. Both get weight 0, and leave the denominators
@@ -98,14 +103,18 @@ def weigh(config: Config, rollout: Rollout, rewards: np.ndarray) -> Weighted:
         raise UserError("objective.advantage: max_rl takes no negative rewards; choose another")
     kept = not_overlong(config, rollout)
     minibatches = minibatch_ids(config, rollout)
-    advantages, weights, auxiliary, meters = _weigh(
+    if alpha is None:
+        assert not isinstance(objective.alpha, str)
+        alpha = objective.alpha
+    advantages, *all_weights, meters = _weigh(
         rewards,
         rollout.response_lengths,
         rollout.group_ids,
         minibatches,
         microbatch_ids(config, minibatches),
         kept,
-        objective=objective,
+        np.float32(alpha),
+        objective=dataclasses.replace(objective, alpha=1.0, adaptive=AdaptiveConfig()),
         normalizer=normalizer(config),
     )
     metrics = {f"aggregation/{name}": float(value) for name, value in meters.items()}
@@ -117,9 +126,8 @@ def weigh(config: Config, rollout: Rollout, rewards: np.ndarray) -> Weighted:
         if not objective.count_masked:
             counted &= ~np.isnan(rewards) & (True if kept is None else kept)
         factor = float(len(np.unique(minibatches[counted])))
-    return Weighted(
-        np.asarray(advantages), np.asarray(weights), np.asarray(auxiliary), factor, metrics
-    )
+    weights, auxiliary, unweighted = map(np.asarray, all_weights)
+    return Weighted(np.asarray(advantages), weights, auxiliary, factor, metrics, unweighted)
 
 
 def not_overlong(config: Config, rollout: Rollout) -> np.ndarray | None:
@@ -144,17 +152,19 @@ def _weigh(
     minibatches: jax.Array,
     microbatches: jax.Array,
     kept: jax.Array | None,
+    alpha: jax.Array,
     *,
     objective: ObjectiveConfig,
     normalizer: float,
-) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, jax.Array]]:
-    """The two places where the method enters, side by side."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, dict[str, jax.Array]]:
+    """The two places where the method enters, side by side. The exponent is no part of `objective`:
+    one that changes compiles nothing anew."""
     known = ~jnp.isnan(rewards)
     given = {"lengths": lengths} if objective.advantage == "length_weighted_baseline" else {}
     advantages = ADVANTAGES[objective.advantage](rewards, group_ids=group_ids, **given)
     offered = {
         "advantages": advantages,
-        "alpha": objective.alpha,
+        "alpha": alpha,
         "count_masked": objective.count_masked,
         "group_ids": group_ids,
         "microbatch_ids": microbatches,
@@ -173,7 +183,7 @@ def _weigh(
     if objective.kl_coefficient or objective.entropy_coefficient:
         auxiliary = weights_of(objective.auxiliary_aggregation)
     meters = aggregation_diagnostics(weights, lengths, advantages, normalizer=normalizer)
-    return advantages, weights, auxiliary, meters
+    return advantages, weights, auxiliary, weights_of("constant_length"), meters
 
 
 def surrogate_options(objective: ObjectiveConfig) -> dict[str, float | None]:

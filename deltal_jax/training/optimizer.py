@@ -1,6 +1,7 @@
 """The optimizer of a phase, from its config; and arithmetic in float32 over what is stored in
 less."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,6 +59,33 @@ def normalize_by_global_norm() -> optax.GradientTransformation:
         return jax.tree.map(lambda x: x * scale, updates)
 
     return optax.stateless(lambda updates, params: normalize(updates))
+
+
+def optimizer_meter(config: OptimizerConfig) -> Callable[[Array, Any], dict[str, Array]]:
+    """Metrics of a step, from the norm of the gradient and the optimizer's state after it:
+
+    - `optim/clipped_frac`: 1 where the gradient was clipped, else 0; absent where nothing clips.
+    - `optim/below_eps_frac`: the share of the elements whose root second moment, corrected for its
+      bias as Adam uses it, is under 10 ε, so that ε damps their step by a tenth or more; absent for
+      an optimizer without one.
+    """
+
+    def is_adam(state: Any) -> bool:
+        return isinstance(state, optax.ScaleByAdamState)
+
+    def meter(norm: Array, opt_state: Any) -> dict[str, Array]:
+        found = {}
+        if config.clip_norm is not None and not config.normalize:
+            found["optim/clipped_frac"] = (norm > config.clip_norm).astype(jnp.float32)
+        for state in filter(is_adam, jax.tree.leaves(opt_state, is_leaf=is_adam)):
+            least = (10 * config.epsilon) ** 2 * (1 - config.b2 ** state.count.astype(jnp.float32))
+            moments = jax.tree.leaves(state.nu)
+            size = sum(nu.size for nu in moments)
+            parts = [jnp.mean(nu < least, dtype=jnp.float32) * (nu.size / size) for nu in moments]
+            found["optim/below_eps_frac"] = jnp.sum(jnp.stack(parts))
+        return found
+
+    return meter
 
 
 def widen(tree: Any) -> Any:

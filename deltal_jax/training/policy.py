@@ -14,8 +14,14 @@ from deltal_jax.guard.watch import StepWatch
 from deltal_jax.model.architecture import attention_work
 from deltal_jax.model.lora import overlay
 from deltal_jax.parallel.sharding import row_shards
-from deltal_jax.training.buckets import make_buckets, make_minibatches, padding_fraction
+from deltal_jax.training.buckets import (
+    make_buckets,
+    make_minibatches,
+    minibatch_share,
+    padding_fraction,
+)
 from deltal_jax.training.collect import Collected
+from deltal_jax.training.meters import LiveMeters, first_exponent
 from deltal_jax.training.objective import Weighted, minibatch_ids, reject, weigh
 from deltal_jax.training.optimizer import learning_rate
 from deltal_jax.training.setup import Setup
@@ -31,29 +37,37 @@ def update_policy(
     state: TrainState,
     batch: Collected,
     watch: StepWatch | None = None,
+    live: LiveMeters | None = None,
     transform: Transform | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """All optimizer updates on one rollout batch: epochs × mini-batches. `watch` is shown every
-    one, and may end the run. `transform` is that of `make_updates`."""
+    one, and may end the run; `live` gives the exponent and measures the gradients. `transform` is
+    that of `make_updates`."""
     clock = time.perf_counter()
     batch = with_logprobs(setup, update, state, batch)
     recomputed = time.perf_counter()
+    alpha = first_exponent(setup.config) if live is None else live.alpha
     if watch is not None:
-        watch.begin(state, batch)
-    minibatches, metrics = make_updates(setup, batch, transform)
+        watch.begin(state, batch, alpha)
+    plan = make_updates(setup, batch, alpha, transform)
+    unweighted = plan.unweighted() if live is not None and live.compares else []
     schedule = learning_rate(setup.config.rl.optimizer, setup.config.rl.updates)
     rate = float(np.asarray(schedule(int(state.updates))))
+    if live is not None:
+        live.look(update, state, plan.minibatches[0])
     reports: list[UpdateReport] = []
-    for buckets in minibatches * setup.config.rl.epochs_per_rollout:
-        state, report = update(state, buckets)
+    for buckets in plan.minibatches * setup.config.rl.epochs_per_rollout:
+        state, report = update(state, buckets, () if reports else unweighted)
         fail_point("update")
         reports.append(report)
         if watch is not None:
             watch.updated(state, reports)
+    measured = {} if live is None else live.observe(plan.minibatches, reports)
     return state, {
-        **step_metrics(setup.config, metrics, reports),
+        **step_metrics(setup.config, plan.metrics, reports),
+        **measured,
         "optim/lr": rate,
-        "throughput/padding_frac": padding_fraction([b for bs in minibatches for b in bs]),
+        "throughput/padding_frac": padding_fraction([b for bs in plan.minibatches for b in bs]),
         "time/old_logprob": recomputed - clock,
         "time/update": time.perf_counter() - recomputed,
     }
@@ -71,20 +85,35 @@ def with_logprobs(setup: Setup, update: Update, state: TrainState, batch: Collec
     return dataclasses.replace(batch, old_logprobs=old, reference_logprobs=reference)
 
 
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """The micro-batches of each update of one epoch, and the metrics that no update changes."""
+
+    minibatches: list[list[Bucket]]
+    metrics: dict[str, float]
+    #: The weights of the first mini-batch's responses if lengths did not matter, Float[B].
+    constant: np.ndarray
+
+    def unweighted(self) -> list[Bucket]:
+        """The first mini-batch under these weights: the same shapes, so the same programs."""
+        return [dataclasses.replace(x, weights=self.constant) for x in self.minibatches[0]]
+
+
 def make_updates(
-    setup: Setup, batch: Collected, transform: Transform | None = None
-) -> tuple[list[list[Bucket]], dict[str, float]]:
-    """The micro-batches of each update of one epoch, and the metrics that no update changes.
-    `transform` puts others in the place of the method's weights, for an experiment with them."""
+    setup: Setup, batch: Collected, alpha: float, transform: Transform | None = None
+) -> StepPlan:
+    """What the updates on a rollout batch take, with this exponent of delta_l. `transform` puts
+    others in the place of the method's weights, for an experiment with them."""
     config, rollout, old, mismatch = setup.config, batch.rollout, batch.old_logprobs, {}
     if old is not None:
         rollout, mismatch = reject(config.objective, rollout, old)
-    weighted = weigh(config, rollout, batch.rewards)
+    weighted = weigh(config, rollout, batch.rewards, alpha)
     if transform is not None:
         weighted = transform(weighted)
+    ids = minibatch_ids(config, rollout)
     minibatches = make_minibatches(
         rollout,
-        minibatch_ids(config, rollout),
+        ids,
         advantages=weighted.advantages,
         weights=weighted.weights,
         auxiliary_weights=weighted.auxiliary_weights,
@@ -93,7 +122,9 @@ def make_updates(
         reference_logprobs=batch.reference_logprobs,
         **_layout(setup),
     )
-    return minibatches, weighted.metrics | mismatch
+    share = minibatch_share(ids, ids[0], weighted.minibatch_factor)
+    constant = weighted.unweighted * np.float32(share)
+    return StepPlan(minibatches, weighted.metrics | mismatch, constant)
 
 
 def step_metrics(
@@ -114,11 +145,11 @@ def step_metrics(
 
 def _layout(setup: Setup) -> dict[str, Any]:
     """How rollouts are cut into micro-batches."""
-    config = setup.config
+    config, shards = setup.config, 1 if setup.mesh is None else row_shards(setup.mesh)
     return dict(
         edges=config.bucket_edges,
         tokens_per_microbatch=config.rl.tokens_per_microbatch,
-        row_multiple=1 if setup.mesh is None else row_shards(setup.mesh),
+        row_multiple=shards * (2 if config.halves else 1),
         pack=config.rl.pack,
         attention=attention_work(setup.architecture),
     )

@@ -53,6 +53,7 @@ CHANGEABLE = {
     "evaluate.": "what is measured, in random numbers of its own",
     "checkpoint.": "what is kept; not where, as that is where the run is",
     "guard.": "when it warns or stops; what is left out is not finite, whatever they say",
+    "meters.": "what is measured, and in which order halves are added: equal to rounding",
     "mesh.": "what the devices add is added in another order; a run says so",
     "watchdog.": "what notices that nothing moves",
 }

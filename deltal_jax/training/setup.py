@@ -41,7 +41,7 @@ from deltal_jax.tasks.files import load_rewards
 from deltal_jax.training.describe import sampling_parts
 from deltal_jax.training.devices import make_sampling_mesh, make_training_mesh
 from deltal_jax.training.objective import loss_config, make_loss
-from deltal_jax.training.optimizer import make_optimizer
+from deltal_jax.training.optimizer import make_optimizer, optimizer_meter
 from deltal_jax.training.step import SUPERVISED, Update
 from deltal_jax.types import Prompts
 
@@ -284,7 +284,8 @@ def make_update(setup: Setup, phase: str) -> Update:
         loss = loss_config(config)
     if options.schedule == "constant":
         steps = 0  # nothing depends on it
-    return _make_update(setup.graphdef, options, steps, loss, setup.mesh)
+    measured = phase == "rl", config.halves, config.objective.alpha == "mse"
+    return _make_update(setup.graphdef, options, steps, loss, setup.mesh, measured)
 
 
 @functools.lru_cache(maxsize=8)
@@ -294,10 +295,20 @@ def _make_update(
     steps: int,
     loss: Config | None,
     mesh: Mesh | None,
+    measured: tuple[bool, bool, bool],
 ) -> Update:
     terms = SUPERVISED if loss is None else make_loss(loss)
-    optimizer = make_optimizer(options, steps)
-    return Update(graphdef, optimizer, terms, mesh=mesh, moment_dtype=options.moment_dtype)
+    reinforced, halves, remembers = measured
+    return Update(
+        graphdef,
+        make_optimizer(options, steps),
+        terms,
+        mesh=mesh,
+        moment_dtype=options.moment_dtype,
+        halves=reinforced and halves,
+        remembers=reinforced and remembers,
+        meter=optimizer_meter(options) if reinforced else None,
+    )
 
 
 def make_engine(setup: Setup, *, temperature: float, training: bool = False) -> RolloutEngine:

@@ -29,6 +29,7 @@ from deltal_jax.objective.divergence import kl_k3
 from deltal_jax.objective.logprobs import chunked_logprobs
 from deltal_jax.objective.surrogate import reinforce
 from deltal_jax.parallel.sharding import (
+    half_sharding,
     replicated_sharding,
     row_shards,
     shard_bucket,
@@ -41,6 +42,10 @@ from deltal_jax.types import Bucket, TrainState
 TokenLoss = Callable[[Array, Array, Bucket], Array]
 #: Per-token indicators from the same arguments, for metrics.
 TokenMeter = Callable[[Array, Array, Bucket], dict[str, Array]]
+#: Share that the running mean of past gradients keeps of itself in each update.
+MEMORY = 0.9
+#: Metrics of an optimizer step from (norm of the gradient, state of the optimizer after it).
+OptimizerMeter = Callable[[Array, Any], dict[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +110,11 @@ class Gradient:
     loss: Float[Array, ""]
     meters: Meters
 
+    def plus(self, other: "Gradient") -> "Gradient":
+        """That of both together."""
+        grads = jax.tree.map(jnp.add, self.grads, other.grads)
+        return Gradient(grads, self.loss + other.loss, self.meters.merge(other.meters))
+
 
 @dataclasses.dataclass(frozen=True)
 class UpdateReport:
@@ -116,6 +126,11 @@ class UpdateReport:
     #: What was not finite, and where; the state is then, bit for bit, as it was before. None: the
     #: step was taken.
     skipped: str | None = None
+    #: ‖g_a − g_b‖² of the two halves of each bucket; NaN where it was not halved.
+    spreads: Sequence[float] = ()
+    #: Of the gradient and that of the same buckets under other weights, where they were given: the
+    #: cosine between them, and the norm of the first by that of the second.
+    likeness: tuple[float, float] | None = None
 
 
 class Update:
@@ -130,13 +145,20 @@ class Update:
         *,
         mesh: Mesh | None = None,
         moment_dtype: str = "float32",
+        halves: bool = False,
+        remembers: bool = False,
+        meter: OptimizerMeter | None = None,
     ):
         self.optimizer = optimizer
         self.mesh = mesh
         self.moment_dtype = moment_dtype
+        self.meter = meter
+        #: Whether the state has a running mean of past gradients.
+        self.remembers = remembers
         self._inits: dict[Any, Callable[..., TrainState]] = {}
+        shards = 1 if mesh is None else row_shards(mesh)
         #: Rows of a bucket are a multiple of this.
-        self.row_multiple = shards = 1 if mesh is None else row_shards(mesh)
+        self.row_multiple = shards * (2 if halves else 1)
         # Said of all that is made here, as it is of what is restored: to JAX these are programs of
         # their own, and a resumed run would compile all of them anew.
         self._device = None if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -148,13 +170,18 @@ class Update:
             (value, meters), grads = jax.value_and_grad(loss, has_aux=True)(trained(params))
             return Gradient(self._pin(widen(grads)), value, meters)
 
-        def add(params: Any, running: Gradient, bucket: Bucket) -> Gradient:
-            new = gradient(params, bucket)
-            return Gradient(
-                jax.tree.map(jnp.add, running.grads, new.grads),
-                running.loss + new.loss,
-                running.meters.merge(new.meters),
-            )
+        def measured(params: Any, bucket: Bucket) -> tuple[Gradient, Array]:
+            """The gradient, and ‖g_a − g_b‖² of the halves of its rows."""
+            if not halves or bucket.tokens.shape[0] % self.row_multiple:
+                return gradient(params, bucket), jnp.full((), jnp.nan)
+            both = jax.lax.map(lambda half: gradient(params, half), halve(bucket, mesh))
+            one, other = (jax.tree.map(lambda x, at=at: x[at], both) for at in (0, 1))
+            apart = jax.tree.map(jnp.subtract, one.grads, other.grads)
+            return one.plus(other), optax.tree.norm(apart, squared=True)
+
+        def add(params: Any, running: Gradient, bucket: Bucket) -> tuple[Gradient, Array]:
+            new, spread = measured(params, bucket)
+            return running.plus(new), spread
 
         def single(state: TrainState, bucket: Bucket) -> tuple[TrainState, dict[str, Array]]:
             new = gradient(state.params, bucket)
@@ -166,7 +193,7 @@ class Update:
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         self.gradient = gradient
-        self.add = self._pinned(add, self._as_gradient, donate_argnums=1)
+        self.add = self._pinned(add, self._as_sum, donate_argnums=1)
         #: log π of each token of a bucket, Float[N T], at the temperature of the terms; whole on
         #: every device.
         self.logprobs = self._jit(
@@ -216,6 +243,11 @@ class Update:
         assert self.mesh is not None
         return state_shardings(self.mesh, state), replicated_sharding(self.mesh)
 
+    def _as_sum(self, params: Any) -> Any:
+        """The layout of a gradient by these parameters, and of a number."""
+        assert self.mesh is not None
+        return self._as_gradient(params), replicated_sharding(self.mesh)
+
     def _as_gradient(self, params: Any) -> Gradient:
         """The layout of a gradient by these parameters."""
         assert self.mesh is not None
@@ -233,7 +265,8 @@ class Update:
             part = trained(params)
             kept = jax.tree.map(jnp.copy, part) if reference else None
             opt_state = self._store(self.optimizer.init(widen(part)))
-            return TrainState(params, opt_state, jnp.zeros((), jnp.int32), key, kept)
+            none_yet = jax.tree.map(jnp.zeros_like, widen(part)) if self.remembers else None
+            return TrainState(params, opt_state, jnp.zeros((), jnp.int32), key, kept, none_yet)
 
         kind = jax.tree.structure(params), reference, donate
         if kind not in self._inits:
@@ -250,29 +283,43 @@ class Update:
 
     def accumulate(self, params: Any, buckets: Sequence[Bucket]) -> Gradient:
         """The gradient of the sum of the losses of all micro-batches."""
-        first, *others = buckets
-        placed = self.place(first)
-        running = self.add(params, self._zero(params, placed), placed)
-        for bucket in others:
-            running = self.add(params, running, self.place(bucket))
+        return self._measure(params, buckets)[0]
+
+    def _measure(self, params: Any, buckets: Sequence[Bucket]) -> tuple[Gradient, list[Array]]:
+        """The same, and what the halves of each micro-batch are apart."""
+        running, spreads = None, []
+        for bucket in buckets:
+            placed = self.place(bucket)
+            if running is None:
+                running = self._zero(params, placed)
+            running, spread = self.add(params, running, placed)
+            spreads.append(spread)
             pulse()
-        return running
+        assert running is not None
+        return running, spreads
 
     def __call__(
-        self, state: TrainState, buckets: Sequence[Bucket]
+        self, state: TrainState, buckets: Sequence[Bucket], others: Sequence[Bucket] = ()
     ) -> tuple[TrainState, "UpdateReport"]:
-        """One optimizer step on the sum of all micro-batches; `state` is donated.
+        """One optimizer step on the sum of all micro-batches; `state` is donated. The gradient is
+        compared with that of `others`, where there are any.
 
         It is left out where the loss, the gradient or the step itself is not finite, and the report
         says so.
         """
-        gradient = self.accumulate(state.params, buckets)
+        gradient, spreads = self._measure(state.params, buckets)
+        likeness = None
+        if others:
+            likeness = _likeness(gradient.grads, self.accumulate(state.params, others).grads)
         state, norms = self.apply(state, gradient)
         loss, norms = float(gradient.loss), {k: float(v) for k, v in norms.items()}
         skipped = None
         if not np.isfinite([loss, *norms.values()]).all():
             skipped = self._blame(state.params, buckets, loss, norms)
-        return state, UpdateReport(loss, gradient.meters, norms, skipped)
+        apart = [float(spread) for spread in spreads]
+        if likeness is not None:
+            likeness = float(likeness[0]), float(likeness[1])
+        return state, UpdateReport(loss, gradient.meters, norms, skipped, apart, likeness)
 
     def _apply(self, state: TrainState, gradient: Gradient) -> tuple[TrainState, dict[str, Array]]:
         """The optimizer's step; none where the loss, the gradient or the step is not finite: then
@@ -289,12 +336,41 @@ class Update:
         kept = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, (params, opt_state))
         draws = jax.random.fold_in(jax.random.fold_in(state.key, ROUNDING_STREAM), state.updates)
         part, opt_state = round_like(kept, stored, draws)
+        if self.meter is not None:
+            norms |= self.meter(norms["optim/grad_norm"], new_state)
         return dataclasses.replace(
             state,
             params=overlay(state.params, part),
             opt_state=opt_state,
             updates=state.updates + good,
+            direction=self._remember(state.direction, gradient.grads, good),
         ), norms
+
+    def _remember(self, direction: Any, grads: Any, good: Array) -> Any:
+        """The running mean of gradients with another one, unless that is left out."""
+        if direction is None:
+            return None
+
+        def mean(old: Array, new: Array) -> Array:
+            return jnp.where(good, MEMORY * old + (1.0 - MEMORY) * new, old)
+
+        return jax.tree.map(mean, direction, grads)
+
+    def inner_products(
+        self, state: TrainState, buckets: Sequence[Bucket], classes: np.ndarray, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """⟨G_j, G_k⟩ and ⟨G_j, R⟩ / ‖R‖, Float[J J] and Float[J], of the gradients of the responses
+        of each of `count` classes, Int[B], under weights of 1, and the state's direction R. Zeros
+        for the latter where there is none yet; all classes' gradients are held at once."""
+        found = []
+        for number in range(count):
+            chosen = (classes == number).astype(np.float32)
+            none = np.zeros_like(chosen)
+            some = [x for x in buckets if chosen[np.unique(x.segment_ids[x.loss_mask])].any()]
+            some = [dataclasses.replace(x, weights=chosen, auxiliary_weights=none) for x in some]
+            found.append(self.accumulate(state.params, some).grads)
+        inner, toward = _inner_products(found, state.direction)
+        return np.asarray(inner, np.float64), np.asarray(toward, np.float64)
 
     def _store(self, opt_state: Any) -> Any:
         """Fresh moments in the type that they are stored in."""
@@ -357,6 +433,23 @@ class Health:
 
 
 @jax.jit
+def _likeness(one: Any, other: Any) -> tuple[Array, Array]:
+    """The cosine between two gradients, and the norm of the first by that of the second."""
+    norms = optax.tree.norm(one), optax.tree.norm(other)
+    inner = jnp.asarray(optax.tree.vdot(one, other))
+    return inner / (norms[0] * norms[1]), norms[0] / norms[1]
+
+
+@jax.jit
+def _inner_products(grads: list[Any], direction: Any) -> tuple[Array, Array]:
+    """⟨G_j, G_k⟩ and ⟨G_j, R⟩ / ‖R‖."""
+    inner = [[jnp.asarray(optax.tree.vdot(one, other)) for other in grads] for one in grads]
+    norm = optax.tree.norm(direction)
+    toward = jnp.stack([jnp.asarray(optax.tree.vdot(one, direction)) for one in grads])
+    return jnp.stack([jnp.stack(row) for row in inner]), toward / jnp.where(norm > 0, norm, 1.0)
+
+
+@jax.jit
 def _norms_and_counts(grads: Any) -> Any:
     return jax.tree.map(lambda x: (optax.tree.norm(x), jnp.sum(~jnp.isfinite(x))), grads)
 
@@ -384,6 +477,25 @@ def bucket_logprobs(
     )
     logprobs, entropy = (jnp.roll(x, 1, axis=1) for x in found)
     return logprobs, entropy
+
+
+def halve(bucket: Bucket, mesh: Mesh | None = None) -> Bucket:
+    """Both halves of a bucket's rows side by side, in a first axis of 2: every second row, since
+    rows are in order of length. On a mesh each device keeps its own rows.
+
+    Fields of responses are the same in both, and stand twice.
+    """
+    count = bucket.tokens.shape[0] // 2
+
+    def of_rows(x: Array) -> Array:
+        if x.ndim == 1:
+            return jnp.broadcast_to(x, (2, *x.shape))
+        pairs = jnp.swapaxes(x.reshape(count, 2, -1), 0, 1)
+        if mesh is None:
+            return pairs
+        return jax.lax.with_sharding_constraint(pairs, half_sharding(mesh))
+
+    return jax.tree.map(of_rows, bucket)
 
 
 def microbatch_loss(
