@@ -159,9 +159,10 @@ def figures(
     own, base, other = pairs[name], pairs[unweighted], pairs[reference]
     found: dict[str, float | None] = {"variance": float(own.variance[0])}
     found["mean_norm"] = float(own.mean[0]) ** 0.5 if _resolved(own.mean) else None
-    found |= _with_interval("relative_variance", own.variance / other.variance)
+    ratio = own.variance / other.variance
+    found |= _with_interval("relative_variance", ratio, logarithm=True)
     known, base_known = _resolved(own.mean), _resolved(base.mean)
-    found |= _with_interval("cv", _root(own.variance, own.mean), known)
+    found |= _with_interval("cv", _root(own.variance, own.mean), known, logarithm=True)
     direction = own.cross * _root(1.0, own.mean) * _root(1.0, base.mean)
     found |= _with_interval("bias_cosine", direction, known and base_known)
     found |= _with_interval("true_cosine", _aligned(own, base), base_known)
@@ -260,20 +261,22 @@ def _resolved(values: np.ndarray) -> bool:
     return bool(values[0] > 2 * jackknife_error(values))
 
 
-def _with_interval(name: str, values: np.ndarray, known: bool = True) -> dict[str, float | None]:
-    """A figure with its 95 % interval; None where it is not known."""
-    ends = dict.fromkeys((name, f"{name}_low", f"{name}_high"))
+def _with_interval(
+    name: str, values: np.ndarray, known: bool = True, *, logarithm: bool = False
+) -> dict[str, float | None]:
+    """A figure with its 95 % interval, symmetric on a logarithmic scale where said so; None where
+    it is not known."""
+    found: dict[str, float | None] = dict.fromkeys((name, f"{name}_low", f"{name}_high"))
     if not known or not np.isfinite(values[0]):
-        return ends
-    value, half = float(values[0]), math.inf
-    if np.isfinite(values).all():
-        half = t_quantile(len(values) - 2) * jackknife_error(values)
-    known_half = math.isfinite(half)
-    return {
-        name: value,
-        f"{name}_low": value - half if known_half else None,
-        f"{name}_high": value + half if known_half else None,
-    }
+        return found
+    found[name] = value = float(values[0])
+    if np.isfinite(values).all() and not (logarithm and (values <= 0).any()):
+        scale = np.log(values) if logarithm else values
+        half = t_quantile(len(values) - 2) * jackknife_error(scale)
+        low, high = (scale[0] - half, scale[0] + half)
+        found[f"{name}_low"] = float(np.exp(low) if logarithm else low) if half else value
+        found[f"{name}_high"] = float(np.exp(high) if logarithm else high) if half else value
+    return found
 
 
 def _batch_cosine(

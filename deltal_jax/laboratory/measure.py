@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from deltal_jax.laboratory.moments import Power, bin_moments, fit_power, length_
 from deltal_jax.metrics import finite
 from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.tasks.files import load_rewards
+from deltal_jax.tasks.grading import Reward
 from deltal_jax.training.collect import Collected, RolloutStream
 from deltal_jax.training.objective import not_overlong, weigh
 from deltal_jax.training.setup import Setup, make_local_engine
@@ -57,16 +58,19 @@ def measure(
     start: int = 0,
     settings: Settings | None = None,
     engine: RolloutEngine | None = None,
+    rewards: Sequence[Reward | str] | None = None,
 ) -> dict[str, Any]:
     """Everything that the laboratory says of these parameters, as plain JSON.
 
     `start` is the position in the stream of training problems where fresh prompts begin, and `key`
-    the run's; the same arguments give the same figures. Raises UserError for too few groups.
+    the run's; the same arguments give the same figures. `engine` samples, by default one in this
+    process, and `rewards` grade, by default those that the config names. Raises UserError for too
+    few groups, or responses.
     """
     settings = settings or Settings()
     groups = _groups(setup, settings)
     key = jax.random.fold_in(key, STREAM)
-    batch = sample(setup, params, key, groups, start, engine)
+    batch = sample(setup, params, key, groups, start, engine, rewards)
     advantages = weigh(setup.config, batch.rollout, batch.rewards).advantages
     grams = measure_gradients(setup, params, batch.rollout, advantages, key, settings.project)
     kept = ~np.isnan(batch.rewards) & (batch.rollout.response_lengths > 0)
@@ -109,6 +113,7 @@ def sample(
     groups: int,
     start: int,
     engine: RolloutEngine | None = None,
+    rewards: Sequence[Reward | str] | None = None,
 ) -> Collected:
     """A graded batch of so many groups, as a step of training would sample it."""
     config = setup.config
@@ -123,7 +128,7 @@ def sample(
         dataclasses.replace(setup, config=wider),
         engine,
         key,
-        load_rewards(config.task.rewards),
+        load_rewards(config.task.rewards) if rewards is None else rewards,
         next_prompt=start,
     )
     return stream.sample(params, 0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 COLOURS = {"score": "#0068a8", "advantage": "#c85200"}
@@ -24,10 +24,10 @@ def write_plots(folder: Path, name: str, result: Result) -> list[Path]:
     `<name>-aggregations.svg`."""
     plots: dict[str, tuple[Callable[..., None], tuple[float, float]]] = {
         "lengths": (_lengths, (5.0, 3.4)),
-        "layers": (_layers, (7.5, 1.6 + 0.28 * _rows(result))),
+        "layers": (_layers, (9.0, 1.6 + 0.28 * _rows(result))),
     }
     if result["aggregations"]:
-        plots["aggregations"] = (_aggregations, (7.5, 1.2 + 0.26 * len(result["aggregations"])))
+        plots["aggregations"] = (_aggregations, (9.0, 1.2 + 0.26 * len(result["aggregations"])))
     return [_write(folder / f"{name}-{kind}.svg", result, *plot) for kind, plot in plots.items()]
 
 
@@ -69,14 +69,15 @@ def _lengths(figure: "Figure", result: Result) -> None:
     axes.set(xscale="log", yscale="log", xlabel="length L, tokens")
     axes.set_ylabel("Var(g | L), first bin = 1")
     axes.set_title("Variance of one response's gradient", fontsize=10, loc="left")
-    _plain_ticks(axes)
+    _plain_ticks(axes.xaxis, axes.yaxis)
     axes.legend(frameon=False)
 
 
-def _plain_ticks(axes: "Axes") -> None:
+def _plain_ticks(*every: "Axis") -> None:
+    """Logarithmic axes with numbers as they are said."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    for axis in (axes.xaxis, axes.yaxis):
+    for axis in every:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
@@ -124,16 +125,19 @@ def _layers(figure: "Figure", result: Result) -> None:
 
 
 def _aggregations(figure: "Figure", result: Result) -> None:
-    """CV and cosine of each aggregation with their intervals."""
+    """Variance, CV and cosine of each aggregation with their intervals."""
     rows = result["aggregations"]
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, name, title in (
-        (left, "cv", "CV of a batch's gradient"),
-        (right, "true_cosine", "cosine with the mean gradient"),
-    ):
+    every = figure.subplots(1, 3, sharey=True)
+    titles = {
+        "relative_variance": "variance, of ΔL α=1 it is 1",
+        "cv": "CV of a batch's gradient",
+        "true_cosine": "cosine with the mean gradient",
+    }
+    for axes, (name, title) in zip(every, titles.items(), strict=True):
         for at, row in enumerate(rows):
             if row[name] is None:
-                axes.text(0.02, at, "not resolvable", transform=_across(axes), va="center")
+                across = axes.get_yaxis_transform()
+                axes.text(0.03, at, "not resolvable", transform=across, va="center", fontsize=8)
                 continue
             low, high = row[f"{name}_low"], row[f"{name}_high"]
             if low is not None:
@@ -141,9 +145,11 @@ def _aggregations(figure: "Figure", result: Result) -> None:
             axes.plot(row[name], at, "o", color=COLOURS["score"])
         axes.set_title(title, fontsize=10, loc="left")
         axes.grid(axis="x", alpha=0.2)
-    left.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    left.set_ylim(len(rows) - 0.5, -0.5)
-
-
-def _across(axes: "Axes") -> Any:
-    return axes.get_yaxis_transform()
+        axes.tick_params(axis="y", length=0)
+        if all(row[name] is None for row in rows):
+            axes.set_xticks([])
+        elif name == "relative_variance":
+            axes.set_xscale("log")
+            _plain_ticks(axes.xaxis)
+    every[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
+    every[0].set_ylim(len(rows) - 0.5, -0.5)
