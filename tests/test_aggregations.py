@@ -72,11 +72,11 @@ def truth(name, size):
 
 
 def test_a_small_pool_gives_the_true_mean_variance_and_direction():
-    """200 pools of 10 groups, batches of 4: the estimates' means are those of fresh batches, to
+    """100 pools of 10 groups, batches of 4: the estimates' means are those of fresh batches, to
     three standard errors."""
     groups, size, names = 10, 4, (REFERENCE, UNWEIGHTED)
     batches, found = draw_batches(groups, size, rounds=20), {name: [] for name in names}
-    for seed in range(200):
+    for seed in range(100):
         gradients, lengths = draw(np.random.default_rng(seed), groups)
         pool, gram = pool_of(lengths, groups), gradients @ gradients.T
         weights = {name: batch_weights(pool, batches, BY_NAME[name].weigh) for name in names}

@@ -98,10 +98,10 @@ def fit_power(
     np.add.at(each, (groups, inverse), 1.0)
     squares = np.zeros((count, bins.max() + 1))
     np.add.at(squares, (groups, bins), np.diag(gram))
-    numbers, member = times @ each, np.eye(bins.max() + 1)[bin_of]
+    numbers, starts = times @ each, np.flatnonzero(np.diff(bin_of, prepend=-1))
     means = _mean_squares(_cross(gram, groups, bins), times)
-    excess = times @ squares - (numbers @ member) * means
-    betas = _solve(excess, numbers, np.log(values), member)
+    excess = times @ squares - np.add.reduceat(numbers, starts, axis=1) * means
+    betas = _solve(excess, numbers, np.log(values), starts)
     beta = float(betas[0])
     if not np.isfinite(beta):
         return None
@@ -114,7 +114,7 @@ def fit_power(
     if count > 2 and len(known) > 0.9 * resamples:
         outer = NormalDist().cdf(-math.sqrt(count / (count - 1)) * t_quantile(count - 1))
         low, high = (float(x) for x in np.quantile(known, [outer, 1 - outer]))
-    r2 = _r2(excess[0], scale * powers @ member, numbers[0] @ member)
+    r2 = _r2(excess[0], *(np.add.reduceat(x, starts) for x in (scale * powers, numbers[0])))
     return Power(beta, low, high, scale, r2)
 
 
@@ -162,17 +162,21 @@ def _solve(
     excess: Float[np.ndarray, "R b"],
     numbers: Float[np.ndarray, "R U"],
     logs: Float[np.ndarray, " U"],
-    member: Float[np.ndarray, "U b"],
+    starts: Int[np.ndarray, " b"],
 ) -> Float[np.ndarray, " R"]:
-    """β by bisection, of the U different lengths that so many responses have; NaN where the
-    equation has no root that its sum falls through."""
+    """β by bisection, of the U different lengths, in order, that so many responses have, cut into
+    bins; NaN where the equation has no root that its sum falls through."""
+
+    def by_bin(x: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(x, starts, axis=1)
+
     centred = logs - (numbers @ logs / numbers.sum(1))[:, None]
-    leverage = (numbers * centred) @ member
+    leverage = by_bin(numbers * centred)
     # A resample may leave a bin empty: no excess, and no leverage.
-    empty = numbers @ member == 0
+    empty = by_bin(numbers) == 0
 
     def score(beta: np.ndarray) -> np.ndarray:
-        powers = (numbers * np.exp(beta[:, None] * centred)) @ member
+        powers = by_bin(numbers * np.exp(beta[:, None] * centred))
         return (leverage * excess / np.where(empty, 1.0, powers)).sum(1)
 
     low, high = (np.full(len(excess), end) for end in RANGE)
