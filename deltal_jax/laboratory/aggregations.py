@@ -159,7 +159,7 @@ def figures(
     own, base, other = pairs[name], pairs[unweighted], pairs[reference]
     found: dict[str, float | None] = {"variance": float(own.variance[0])}
     found["mean_norm"] = float(own.mean[0]) ** 0.5 if _resolved(own.mean) else None
-    ratio = own.variance / other.variance
+    ratio = own.variance / np.where(other.variance > 0, other.variance, np.nan)
     found |= _with_interval("relative_variance", ratio, logarithm=True)
     known, base_known = _resolved(own.mean), _resolved(base.mean)
     found |= _with_interval("cv", _root(own.variance, own.mean), known, logarithm=True)

@@ -22,7 +22,8 @@ RANGE, HALVINGS = (-4.0, 6.0), 40
 @dataclasses.dataclass(frozen=True)
 class Power:
     """Var(g | L) = scale · L^beta with the 95 % interval of beta, NaN where the resamples do not
-    tell; r2 is of the logarithms of the bins' variances, NaN where one of them is not positive."""
+    tell; r2 is of the logarithms of the bins' variances, NaN where one of them is not positive or
+    all are equal."""
 
     beta: float
     low: float
@@ -193,4 +194,6 @@ def _r2(found: np.ndarray, predicted: np.ndarray, numbers: np.ndarray) -> float:
         return math.nan
     seen, told = np.log(found / numbers), np.log(predicted / numbers)
     spread = np.average((seen - np.average(seen, weights=numbers)) ** 2, weights=numbers)
+    if spread == 0:
+        return math.nan
     return float(1 - np.average((seen - told) ** 2, weights=numbers) / spread)
