@@ -15,6 +15,7 @@ from deltal_jax.cli import (
     prepare,
     sample,
     train,
+    variance,
     weights,
 )
 from deltal_jax.errors import UserError
@@ -26,6 +27,7 @@ COMMANDS = {
     "sample": sample,
     "export": export,
     "prepare": prepare,
+    "variance": variance,
     "weights": weights,
     "bench": bench,
     "debug": debug,
