@@ -192,11 +192,7 @@ def weights(patient: Patient) -> Rung:
         at_most(f"|{kind} − 1|", off, 1e-5, 1e-3, remedy=remedy),
         at_most("bias factor against M Σ w, relative", bias, 1e-5, 1e-3, remedy=remedy),
     ]
-    if (
-        objective.aggregation == "delta_l"
-        and not objective.count_masked
-        and isinstance(objective.alpha, float)
-    ):
+    if objective.aggregation == "delta_l" and not objective.count_masked:
         figures.append(_shape_of_delta_l(patient, found, lengths, m))
     share = meters["aggregation/ess"] / len(found)
     idle = meters["aggregation/zero_advantage_weight"]
@@ -216,12 +212,12 @@ def _shape_of_delta_l(patient: Patient, found: np.ndarray, lengths: np.ndarray, 
     if objective.scope == "group":
         scopes = np.asarray(patient.rollout.group_ids)
     occupied = np.unique(scopes[counted])
-    powers = np.where(counted, np.maximum(lengths, 1).astype(np.float64) ** -objective.alpha, 0.0)
+    powers = np.where(counted, np.maximum(lengths, 1).astype(np.float64) ** -patient.alpha, 0.0)
     totals = np.bincount(scopes, powers, minlength=len(found))
     wanted = powers / np.where(totals > 0, totals, 1.0)[scopes] / m / len(occupied)
     error = np.abs(found[counted] / wanted[counted] - 1.0).max()
     remedy = "the weights are not those of objective.alpha"
-    said = f"w ∝ L^-{objective.alpha:g}, relative error"
+    said = f"w ∝ L^-{patient.alpha:g}, relative error"
     return at_most(said, float(error), 1e-5, 1e-3, remedy=remedy)
 
 

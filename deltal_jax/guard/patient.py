@@ -16,6 +16,7 @@ from deltal_jax.parallel.sharding import host_key
 from deltal_jax.tasks.grading import grade
 from deltal_jax.training.collect import Collected, response_texts
 from deltal_jax.training.groups import informative
+from deltal_jax.training.meters import KEPT, LiveMeters
 from deltal_jax.training.opening import choose_rewards
 from deltal_jax.training.policy import make_updates, with_logprobs
 from deltal_jax.training.setup import Setup, draw_training, make_local_engine, make_update
@@ -87,6 +88,11 @@ class Patient:
             return rewards, False
         return (np.arange(len(rewards)) % 2).astype(np.float32), True
 
+    @property
+    def alpha(self) -> float:
+        """The exponent that the run's coming step would use."""
+        return LiveMeters(self.config, self.trained.position.running.get(KEPT)).alpha
+
     def fresh_state(self) -> TrainState:
         """A state as if RL began here: its updates take a copy of the parameters."""
         copy = jax.tree.map(jnp.copy, self.params)
@@ -129,8 +135,9 @@ class Patient:
         config = self.layout.config
         rl = dataclasses.replace(config.rl, tokens_per_microbatch=tokens)
         setup = dataclasses.replace(self.layout, config=dataclasses.replace(config, rl=rl))
-        (buckets,), metrics = make_updates(setup, self.batch)
-        return buckets, metrics
+        plan = make_updates(setup, self.batch, self.alpha)
+        (buckets,) = plan.minibatches
+        return buckets, plan.metrics
 
     @functools.cached_property
     def step(self) -> tuple[list[Bucket], dict[str, float]]:

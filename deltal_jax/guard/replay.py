@@ -10,7 +10,7 @@ import numpy as np
 
 from deltal_jax.backend import enable_compile_cache
 from deltal_jax.guard.dumps import Dump
-from deltal_jax.training.meters import first_exponent
+from deltal_jax.training.objective import first_exponent
 from deltal_jax.training.policy import make_updates, step_metrics
 from deltal_jax.training.setup import make_update
 from deltal_jax.training.step import Health, Update, UpdateReport

@@ -16,8 +16,7 @@ from deltal_jax.rollout.checks import sampling_memory
 from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.tasks.base import Task
 from deltal_jax.training.buckets import bucket_rows
-from deltal_jax.training.meters import first_exponent
-from deltal_jax.training.objective import normalizer, surrogate_options
+from deltal_jax.training.objective import first_exponent, normalizer, surrogate_options
 
 #: Of what the update adds and computes in, whatever is stored.
 FLOAT_BYTES = 4

@@ -33,7 +33,7 @@ from deltal_jax.training import run_folder
 from deltal_jax.training.ahead import Ahead, open_batches
 from deltal_jax.training.collect import RolloutStream
 from deltal_jax.training.journal import VerdictJournal
-from deltal_jax.training.meters import LiveMeters
+from deltal_jax.training.meters import KEPT, LiveMeters
 from deltal_jax.training.opening import (
     MESH,
     check_mesh,
@@ -54,8 +54,6 @@ from deltal_jax.training.step import Update
 from deltal_jax.training.trained import restore_state, root_key
 from deltal_jax.types import TrainState
 
-#: What `LiveMeters` keeps, among what is kept with a checkpoint.
-LIVE = "meters"
 #: The warm-up steps since the last line of metrics, among what is kept with a checkpoint.
 PENDING = "sft/pending"
 #: Warm-up steps between two looks at signals where several processes have to agree on them.
@@ -279,7 +277,7 @@ def _reinforce(
     config = run.setup.config
     run.display.start("RL", done, config.rl.steps)
     accuracy, saving = float("nan"), 0.0
-    live = LiveMeters(config, run.running.get(LIVE))
+    live = LiveMeters(config, run.running.get(KEPT))
     for step in range(done + 1, config.rl.steps + 1):
         clock = time.perf_counter()
         with run.profiled(step):
@@ -296,7 +294,7 @@ def _reinforce(
             watch, began = StepWatch(run, step), time.perf_counter()
             with stage("update", "rl", step):
                 state, metrics = update_policy(run.setup, update, state, batch, watch, live)
-            run.running[LIVE] = live.saved()
+            run.running[KEPT] = live.saved()
         run.stop.serving, run.stop.update_seconds = True, time.perf_counter() - began
         seconds = time.perf_counter() - clock
         metrics |= batch.metrics | {

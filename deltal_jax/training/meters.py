@@ -15,9 +15,12 @@ import numpy as np
 
 from deltal_jax.config import Config
 from deltal_jax.objective.adaptive import BETAS, Pairs, agreement, fit_growth, scales
+from deltal_jax.training.objective import first_exponent
 from deltal_jax.training.step import Update, UpdateReport
 from deltal_jax.types import Bucket, TrainState
 
+#: What `LiveMeters` keeps, among what is kept with a checkpoint.
+KEPT = "meters"
 #: Steps that estimates are from.
 WINDOW = 10
 #: Of `mse`: classes of like length, and how many exponents of the range are tried.
@@ -32,15 +35,6 @@ class Seen:
     lengths: list[float]
     inner: list[list[float]]
     toward: list[float]
-
-
-def first_exponent(config: Config) -> float:
-    """The exponent of the first step."""
-    objective = config.objective
-    if not isinstance(objective.alpha, str):
-        return float(objective.alpha)
-    low, high = objective.adaptive.range
-    return min(max(1.0, low), high)
 
 
 class LiveMeters:

@@ -87,11 +87,20 @@ def microbatch_ids(config: Config, minibatches: np.ndarray) -> np.ndarray:
     return np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1).astype(np.int32)
 
 
+def first_exponent(config: Config) -> float:
+    """The exponent of delta_l in the first step."""
+    objective = config.objective
+    if not isinstance(objective.alpha, str):
+        return float(objective.alpha)
+    low, high = objective.adaptive.range
+    return min(max(1.0, low), high)
+
+
 def weigh(
     config: Config, rollout: Rollout, rewards: np.ndarray, alpha: float | None = None
 ) -> Weighted:
     """Advantages and weights of a rollout batch, by the lengths that its loss mask leaves, with the
-    exponent `alpha` of delta_l; None: the config's number.
+    exponent `alpha` of delta_l; None: that of the first step.
 
     A missing reward (NaN) is left out of its group's statistics. A response that the overlong
     filter takes (see `not_overlong`) is part of them. Both get weight 0, and leave the denominators
@@ -103,9 +112,6 @@ def weigh(
         raise UserError("objective.advantage: max_rl takes no negative rewards; choose another")
     kept = not_overlong(config, rollout)
     minibatches = minibatch_ids(config, rollout)
-    if alpha is None:
-        assert not isinstance(objective.alpha, str)
-        alpha = objective.alpha
     advantages, *all_weights, meters = _weigh(
         rewards,
         rollout.response_lengths,
@@ -113,7 +119,7 @@ def weigh(
         minibatches,
         microbatch_ids(config, minibatches),
         kept,
-        np.float32(alpha),
+        np.float32(first_exponent(config) if alpha is None else alpha),
         objective=dataclasses.replace(objective, alpha=1.0, adaptive=AdaptiveConfig()),
         normalizer=normalizer(config),
     )
