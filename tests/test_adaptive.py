@@ -22,6 +22,12 @@ def grid_of(lengths, weighted):
     return np.asarray([scales(w, n, BETAS) for w, n in zip(weighted, lengths, strict=True)])
 
 
+def fitted(window):
+    growth = fit_growth(window)
+    assert growth is not None
+    return growth
+
+
 def expected(lengths, weighted, beta, scale=0.3):
     """E y_k."""
     return scale * np.sum(weighted**2 * np.asarray(lengths, float) ** beta, axis=1)
@@ -31,7 +37,7 @@ def expected(lengths, weighted, beta, scale=0.3):
 def test_without_noise_the_estimate_is_the_truth(beta):
     lengths, weighted = batches(0)
     pairs = Pairs.of(expected(lengths, weighted, beta), grid_of(lengths, weighted))
-    growth = fit_growth([pairs])
+    growth = fitted([pairs])
     assert growth.beta == pytest.approx(beta, abs=2e-3)  # a parabola between points 1/8 apart
     assert growth.scale == pytest.approx(0.3, rel=0.02)
 
@@ -53,7 +59,7 @@ def test_under_any_law_of_the_noise_the_mean_of_many_estimates_is_the_truth(law,
         lengths, weighted = batches(seed)
         noise = LAWS[law](np.random.default_rng(1000 + seed))
         y = expected(lengths, weighted, beta) * noise
-        found.append(fit_growth([Pairs.of(y, grid_of(lengths, weighted))]).beta)
+        found.append(fitted([Pairs.of(y, grid_of(lengths, weighted))]).beta)
     error = np.std(found) / np.sqrt(len(found))
     assert abs(np.mean(found) - beta) < 4 * error + 0.01
     assert error < 0.05
@@ -70,11 +76,11 @@ def test_only_ratios_of_weights_count_and_steps_add(seed, factor, cuts):
     lengths, weighted = batches(seed)
     rng = np.random.default_rng(seed)
     y = expected(lengths, weighted, 1.2) * rng.exponential(size=MICROBATCHES)
-    want = fit_growth([Pairs.of(y, grid_of(lengths, weighted))])
+    want = fitted([Pairs.of(y, grid_of(lengths, weighted))])
     order = rng.permutation(MICROBATCHES)
     y, grid = factor**2 * y[order], grid_of(lengths, factor * weighted)[order]
     parts = np.split(np.arange(MICROBATCHES), sorted(cuts))
-    found = fit_growth([Pairs.of(y[part], grid[part]) for part in parts])
+    found = fitted([Pairs.of(y[part], grid[part]) for part in parts])
     assert found.beta == pytest.approx(want.beta, abs=1e-6)
     assert found.scale == pytest.approx(want.scale, rel=1e-6)
 
@@ -107,7 +113,7 @@ def test_beyond_the_grid_the_estimate_is_its_end():
     lengths, weighted = batches(1)
     for beta, end in ((4.0, 3.0), (-2.0, -1.0)):
         pairs = Pairs.of(expected(lengths, weighted, beta), grid_of(lengths, weighted))
-        assert fit_growth([pairs]).beta == end
+        assert fitted([pairs]).beta == end
 
 
 def test_the_agreement_is_a_cosine_less_a_pull_towards_one():

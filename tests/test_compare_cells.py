@@ -153,9 +153,11 @@ def test_neither_another_method_nor_another_seed_compiles_an_update_rollout_or_e
 
     run(cells["grpo/seed-0"])
     assert run(cells["grpo/seed-1"]) == 0
-    other = dataclasses.replace(cells["grpo/seed-1"].config.objective, alpha=0.25)
-    weighed = dataclasses.replace(cells["grpo/seed-1"].config, objective=other)
-    assert run(dataclasses.replace(cells["grpo/seed-1"], config=weighed)) == 1  # of the weights
+    for change, programs in (({"alpha": 0.25}, 0), ({"aggregation": "balanced"}, 1)):
+        other = dataclasses.replace(cells["grpo/seed-1"].config.objective, **change)
+        weighed = dataclasses.replace(cells["grpo/seed-1"].config, objective=other)
+        cell = dataclasses.replace(cells["grpo/seed-1"], config=weighed)
+        assert run(cell) == programs  # that of the weights
 
 
 @given(
