@@ -45,7 +45,6 @@ TINY = {
     "checkpoint.every": 1,
     "checkpoint.keep_last": 9,
     "run.report": False,
-    "run.tensorboard": False,
 }
 
 

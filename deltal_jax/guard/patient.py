@@ -129,7 +129,7 @@ class Patient:
         config = self.layout.config
         rl = dataclasses.replace(config.rl, tokens_per_microbatch=tokens)
         setup = dataclasses.replace(self.layout, config=dataclasses.replace(config, rl=rl))
-        (buckets,), metrics = make_updates(setup, self.batch)
+        (buckets,), _, metrics = make_updates(setup, self.batch)
         return buckets, metrics
 
     @functools.cached_property

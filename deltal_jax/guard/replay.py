@@ -56,7 +56,7 @@ def replay(dump: Dump) -> Replayed:
     enable_compile_cache()
     config, record = dump.setup.config, dump.record
     update, state = make_update(dump.setup, "rl"), dump.state
-    minibatches, fixed = make_updates(dump.setup, dump.batch)
+    minibatches, _, fixed = make_updates(dump.setup, dump.batch)
     plan = minibatches * config.rl.epochs_per_rollout
     left_out = [at for at, report in enumerate(record.reports) if report.skipped]
     looked_at = next((at for at in left_out if at >= record.first), record.first)

@@ -40,7 +40,9 @@ def update_policy(
     recomputed = time.perf_counter()
     if watch is not None:
         watch.begin(state, batch)
-    minibatches, metrics = make_updates(setup, batch, transform)
+    minibatches, weighted, metrics = make_updates(setup, batch, transform)
+    if watch is not None:
+        watch.weighted = weighted
     schedule = learning_rate(setup.config.rl.optimizer, setup.config.rl.updates)
     rate = float(np.asarray(schedule(int(state.updates))))
     reports: list[UpdateReport] = []
@@ -73,9 +75,10 @@ def with_logprobs(setup: Setup, update: Update, state: TrainState, batch: Collec
 
 def make_updates(
     setup: Setup, batch: Collected, transform: Transform | None = None
-) -> tuple[list[list[Bucket]], dict[str, float]]:
-    """The micro-batches of each update of one epoch, and the metrics that no update changes.
-    `transform` puts others in the place of the method's weights, for an experiment with them."""
+) -> tuple[list[list[Bucket]], Weighted, dict[str, float]]:
+    """The micro-batches of each update of one epoch, the weights that are in them, and the metrics
+    that no update changes. `transform` puts others in the place of the method's weights, for an
+    experiment with them."""
     config, rollout, old, mismatch = setup.config, batch.rollout, batch.old_logprobs, {}
     if old is not None:
         rollout, mismatch = reject(config.objective, rollout, old)
@@ -93,7 +96,7 @@ def make_updates(
         reference_logprobs=batch.reference_logprobs,
         **_layout(setup),
     )
-    return minibatches, weighted.metrics | mismatch
+    return minibatches, weighted, weighted.metrics | mismatch
 
 
 def step_metrics(
