@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,13 @@ class Tracked:
         self._kept = {"id": uuid.uuid4().hex[:8], "last": []}
         if self._path.exists():
             self._kept = load_json(self._path, "delete it for a new run there, or bring it back")
+        self._path.parent.mkdir(exist_ok=True)
+        self._keep()
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 self._log, self._finish = OPENERS[name](folder, self._kept["id"], config)
         except Exception as error:
             raise UserError(f"run.trackers: {name}: {_one_line(error)}; {FIXES[name]}") from error
-        self._path.parent.mkdir(exist_ok=True)
 
     def show(self, step: int, phase: str, values: dict[str, float | None]) -> None:
         """Take one line."""
@@ -81,7 +82,7 @@ class Tracked:
         if self._log is None or place <= self._kept["last"]:
             return
         self._kept["last"] = place
-        write_text(self._path, json.dumps(self._kept) + "\n")
+        self._keep()
         total = step if phase == "sft" else self._warm_up + step
         with self._forgiven():
             self._log(tagged(phase, values), total)
@@ -91,8 +92,11 @@ class Tracked:
         with contextlib.redirect_stdout(sys.stderr), self._forgiven():
             self._finish()
 
+    def _keep(self) -> None:
+        write_text(self._path, json.dumps(self._kept) + "\n")
+
     @contextlib.contextmanager
-    def _forgiven(self):
+    def _forgiven(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # metrics.jsonl has it all

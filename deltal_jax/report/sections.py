@@ -134,7 +134,7 @@ def samples(run: RunData) -> str:
     if rows:
         columns = ("prompt", "response", "answer", "reward", "length")
         marks = [("right", "right") if row.get("correct") else ("wrong", "wrong") for row in rows]
-        out += f"<h2>Samples at step {text(step)}</h2>{_responses(rows, marks, columns)}"
+        out += f"<h2>Held-out samples at step {text(step)}</h2>{_responses(rows, marks, columns)}"
     return out
 
 
@@ -152,10 +152,8 @@ def _responses(rows: list[Row], marks: list[tuple[str, str]], columns: tuple[str
         cut = "<br>truncated" if row.get("truncated") else ""
         line = f'\n<tr class="{kind}"><td class="mark">{words}{cut}</td>'
         for name in columns:
-            value = row.get(name)
-            if isinstance(value, float):
-                value = f"{value:.4g}"
-            line += f'<td data-label="{name}" class="{name}"><pre>{text(value)}</pre></td>'
+            cell = f"<pre>{text(_short(row.get(name)))}</pre>"
+            line += f'<td data-label="{name}" class="{name}">{cell}</td>'
         lines.append(line)
 
     def shown(some: list[str]) -> str:
@@ -165,6 +163,11 @@ def _responses(rows: list[Row], marks: list[tuple[str, str]], columns: tuple[str
     count, more = note(f"The first {len(lines)} of {len(rows)}."), lines[UNFOLDED:]
     folded = details(f"{len(more)} more", shown(more)) if more else ""
     return f"{count}{shown(lines[:UNFOLDED])}{folded}"
+
+
+def _short(value: Any) -> Any:
+    """A number with the digits that one reads; all else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def loss(run: RunData) -> str:
@@ -178,7 +181,7 @@ def loss(run: RunData) -> str:
 def setup(run: RunData) -> str:
     """The run's summary with its environment, and its configuration."""
     known = {k: v for k, v in run.summary.items() if k not in ("formula", "warnings")}
-    facts = table([], ([text(key), text(value)] for key, value in flatten(known)))
+    facts = table([], ([text(key), text(_short(value))] for key, value in flatten(known)))
     config = f"<pre>{text(run.config_text)}</pre>" if run.config_text else ""
     shown = facts + details("config.yaml", config)
     return f"<h2>Setup</h2>{shown}" if shown else ""

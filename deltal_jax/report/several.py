@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from deltal_jax.report import plots
-from deltal_jax.report.catalog import BANDS, LEARNING, SPEED, WEIGHTING, Plot, evaluations
+from deltal_jax.report.catalog import LEARNING, SPEED, WEIGHTING, Plot, evaluations
 from deltal_jax.report.markup import details, note, table, text
 from deltal_jax.report.plots import Series
 from deltal_jax.report.reading import Row, RunData, Table, average, data_sets
@@ -148,12 +148,10 @@ def _overlay(
     series = []
     for group, found in zip(groups, tables, strict=True):
         if key in found:
-            ends = f"{key}_low", f"{key}_high"
-            if len(group.runs) == 1:
-                ends = BANDS.get(key, ends) if len(groups) < 3 else ends
-            band = tuple(found.get(end) for end in ends)
+            band = found.get(f"{key}_low"), found.get(f"{key}_high")
             series.append(Series(group.label, group.colour, found["step"], found[key], *band))
-    title = plot.title if len(plot.metrics) == 1 else f"{plot.title}: {label}"
+    alone = len(plot.metrics) == 1 or label == plot.title.lower()
+    title = plot.title if alone else f"{plot.title}: {label}"
     return plots.curves(title, plot.caption, series, plot.scale, plot.unit, plot.over)
 
 
@@ -183,13 +181,13 @@ def _accuracy(evals: Table, key: str, end: int) -> str:
     if not len(known := np.flatnonzero(np.isfinite(evals.get(key, np.zeros(0))))):
         return "–"
     at = known[end]
-    low, high = (evals[f"{key}_{e}"][at] if f"{key}_{e}" in evals else np.nan for e in BOUNDS)
+    low, high = (
+        np.clip(evals[name][at], 0, 1) if (name := f"{key}_{bound}") in evals else np.nan
+        for bound in ("low", "high")
+    )
     ends = f"<small>{low:.1%} to {high:.1%}</small>" if low <= high else ""
     when = f"<small>step {evals['step'][at]:.0f}</small>" if end else ""
     return f"{evals[key][at]:.1%}{ends}{when}"
-
-
-BOUNDS = ("low", "high")
 
 
 def _last(found: Table, key: str, form: str) -> str:
