@@ -113,13 +113,14 @@ def test_a_comparison_has_its_findings_and_plots(tmp_path, capsys):
     page = Page(tmp_path / "report.html")
     assert "are done: 1" in page.text and "findings are not there yet" in page.text
     (tmp_path / "findings.md").write_text(FINDINGS, encoding="utf-8")
-    for name in ("learning_curves", "ablation-alpha"):
+    (tmp_path / "plots").mkdir()
+    for name in ("learning_curves", "plots/ablation-alpha"):
         figure = Figure()
         figure.subplots().plot([1, 2], label="<script>alert(1)</script>")
         figure.legend()
         figure.savefig(tmp_path / f"{name}.svg")
     page = Page(report.write_page([tmp_path], tmp_path / "report.html"))
-    assert page.titles() == ["Differences", "Ablation alpha", "Learning curves"]
+    assert page.titles() == ["Differences", "Learning curves", "Ablation alpha"]
     assert page.count("svg") == 2 and page.count("style") == 1 and page.count("script") == 0
     assert not re.search(r"<\?xml|<!DOCTYPE svg|<metadata", page.source)
     ids = page.attributes("id")

@@ -25,7 +25,7 @@ def page(folder: Path) -> tuple[str, str]:
         body.append(markdown(path.read_text("utf-8", "replace")))
     else:
         body.append(note("The findings are not there yet: they are written once cells are done."))
-    figures = [_plot(path) for path in sorted(folder.glob("*.svg"))]
+    figures = [_plot(path) for path in sorted([*folder.glob("*.svg"), *folder.glob("plots/*.svg")])]
     if figures:
         body.append(f'<h2>Plots</h2><div class="grid wide">{"".join(figures)}</div>')
     plan = (folder / PLAN).read_text("utf-8", "replace")
