@@ -121,7 +121,7 @@ def set_scale(axes: Axes, scale: str, values: np.ndarray) -> None:
 
     low, high = np.nanmin(values), np.nanmax(values)
     if scale == "share":
-        axes.set_ylim(0, max(axes.get_ylim()[1], 0.05))
+        axes.set_ylim(0, min(max(axes.get_ylim()[1], 0.05), 1.05))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
     elif scale == "log" and low > 0 and high > 10 * low:
         axes.set_yscale("log", subs=[])

@@ -152,7 +152,9 @@ def _overlay(
             series.append(Series(group.label, group.colour, found["step"], found[key], *band))
     alone = len(plot.metrics) == 1 or label == plot.title.lower()
     title = plot.title if alone else f"{plot.title}: {label}"
-    return plots.curves(title, plot.caption, series, plot.scale, plot.unit, plot.over)
+    # A legend of one line is left out.
+    of = f"{series[0].label} alone. " if len(series) == 1 < len(groups) else ""
+    return plots.curves(title, of + plot.caption, series, plot.scale, plot.unit, plot.over)
 
 
 def _figures(groups: Sequence[Group]) -> str:
