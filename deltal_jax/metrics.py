@@ -1,13 +1,13 @@
-"""Metrics to a JSON-lines file and TensorBoard events."""
+"""Metrics to a JSON-lines file, and to whom else they are shown."""
 
 import contextlib
 import json
 import math
 import os
-import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from deltal_jax.errors import UserError
 from deltal_jax.guard.failpoints import die, fails
@@ -15,19 +15,28 @@ from deltal_jax.guard.failpoints import die, fails
 FILE_NAME = "metrics.jsonl"
 
 
+class Sink(Protocol):
+    """Takes the lines of metrics.jsonl in order: on resume from the first on, so that it may fill
+    up what it lacks; a value that is not finite is None."""
+
+    def show(self, step: int, phase: str, values: dict[str, float | None]) -> None:
+        """Take one line."""
+
+    def close(self) -> None:
+        """Flush, and end."""
+
+
 class MetricsWriter:
     """Appends one object a line: `step`, `phase`, then the metrics; a value that is not finite is
-    null.
+    null. `sinks` are shown each line, and at first those that are there.
 
     `keep_bytes` cuts an existing file back to a checkpoint's position, so that a resumed run does
-    not repeat lines. TensorBoard's events are then written anew: no step is there twice, and none
-    of those lacks that were still in memory when the run died. `folder` None: nothing is written,
-    as by all processes but one.
+    not repeat lines. `folder` None: nothing is written, as by all processes but one.
     """
 
-    def __init__(self, folder: Path | None, *, keep_bytes: int = 0, tensorboard: bool = True):
+    def __init__(self, folder: Path | None, *, keep_bytes: int = 0, sinks: Sequence[Sink] = ()):
         self._file: Any = None
-        self._tensorboard: Any = None
+        self._sinks = sinks
         if folder is None:
             return
         path = folder / FILE_NAME
@@ -36,14 +45,8 @@ class MetricsWriter:
         self._file = path.open("ab")
         self._file.truncate(keep_bytes)
         self._file.seek(0, os.SEEK_END)
-        if tensorboard:
-            from tensorboardX import FileWriter
-
-            events = folder / "tensorboard"
-            shutil.rmtree(events, ignore_errors=True)
-            self._tensorboard = FileWriter(str(events))
-            for line in load_metrics(path):
-                self._show(line.pop("step"), line.pop("phase"), line)
+        for line in load_metrics(path) if sinks else ():
+            self._show(line.pop("step"), line.pop("phase"), line)
 
     @property
     def bytes_written(self) -> int:
@@ -65,29 +68,20 @@ class MetricsWriter:
         self._show(step, phase, values)
 
     def _show(self, step: int, phase: str, values: dict[str, float | None]) -> None:
-        """Tell TensorBoard, if it is wanted."""
-        if self._tensorboard is None:
-            return
-        from tensorboardX.proto import summary_pb2
-
-        proto: Any = summary_pb2  # made as it is imported
-        # All of a line at once: `add_scalar` takes five times as long, at each resume.
-        before = "warm-up/" if phase == "sft" else ""
-        known = {name: value for name, value in values.items() if value is not None}
-        scalars = [proto.Summary.Value(tag=before + k, simple_value=v) for k, v in known.items()]
-        self._tensorboard.add_summary(proto.Summary(value=scalars), step)
+        for sink in self._sinks:
+            sink.show(step, phase, values)
 
     def sync(self) -> None:
         """Have what was written survive a power failure."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close all."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # `write` has raised it, of the same bytes
                 self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for sink in self._sinks:
+            sink.close()
 
 
 def metrics_size(folder: Path) -> int:

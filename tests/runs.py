@@ -11,7 +11,13 @@ import numpy as np
 from deltal_jax.checkpoints.manifest import Position
 from deltal_jax.checkpoints.reader import SavedSteps
 from deltal_jax.metrics import load_metrics
-from deltal_jax.training.run_folder import CHECKPOINTS, SAMPLES, load_run_config, model_files
+from deltal_jax.training.run_folder import (
+    CHECKPOINTS,
+    ROLLOUTS,
+    SAMPLES,
+    load_run_config,
+    model_files,
+)
 from deltal_jax.training.setup import make_setup
 from deltal_jax.training.trained import like_saved
 
@@ -45,7 +51,6 @@ TINY = {
     "checkpoint.every": 1,
     "checkpoint.keep_last": 9,
     "run.report": False,
-    "run.tensorboard": False,
 }
 
 
@@ -84,8 +89,8 @@ def assert_same(found: Path, wanted: Path) -> None:
     """Two runs are one: every metric but clocks, every sampled token, and in their last checkpoint
     every array and counter."""
     assert timeless(found) == timeless(wanted)
-    for path in sorted((wanted / SAMPLES).iterdir()):
-        assert (found / SAMPLES / path.name).read_bytes() == path.read_bytes(), path.name
+    for path in sorted(path for name in (SAMPLES, ROLLOUTS) for path in (wanted / name).iterdir()):
+        assert (found / path.relative_to(wanted)).read_bytes() == path.read_bytes(), path.name
     saved = SavedSteps(found / CHECKPOINTS), SavedSteps(wanted / CHECKPOINTS)
     last = saved[1].newest()
     assert last is not None and saved[0].newest() == last

@@ -218,7 +218,7 @@ def test_the_search_for_readers_knows_a_config_from_a_namesake():
         ast.parse(
             "def f(config: Config, run: Other, arch: Architecture):\n"
             "    o, rl = config.objective, config.rl\n"
-            "    run.tensorboard, rl.steps, o.alpha, arch.layers\n"
+            "    run.trackers, rl.steps, o.alpha, arch.layers\n"
             "    def g(rl): return rl.epochs_per_rollout, self.setup.config.evaluate.rows\n"
             "    task = make(config); task.name\n"
         )

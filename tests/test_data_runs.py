@@ -38,7 +38,6 @@ OPTIONS = {
     "evaluate.every": 0,
     "evaluate.problems": 2,
     "checkpoint.every": 3,
-    "run.tensorboard": False,
     "run.report": False,
 }
 

@@ -149,7 +149,7 @@ def test_a_run_maximises_what_its_config_names_and_resumes_with_it(file, monkeyp
     folder = file.parent / "run"
     small = {"sft.steps": 0, "rl.steps": 1, "rl.prompts_per_step": 2, "rl.samples_per_prompt": 2}
     small |= {"rollout.max_response_length": 8, "rollout.slots": 4, "length_buckets": [16]}
-    rewards = {"task.rewards": ["task", "0.5 * mine.py:length"], "run.tensorboard": False}
+    rewards = {"task.rewards": ["task", "0.5 * mine.py:length"]}
     options = SMALL | small | rewards | {"run.dir": str(folder), "evaluate.problems": 4}
     train("countdown-tiny", options | {"run.report": False}, quiet=True)
     assert load_run_config(folder).task.rewards == ("task", f"0.5 * {file}:length")

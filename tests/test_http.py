@@ -175,7 +175,6 @@ SMALL = {
     "evaluate.problems": 6,
     "evaluate.every": 1,
     "run.report": False,
-    "run.tensorboard": False,
 }
 
 

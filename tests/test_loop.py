@@ -61,7 +61,6 @@ RESUMABLE = SMALL | {
     "evaluate.every": 2,
     "evaluate.problems": 16,
     "run.report": False,
-    "run.tensorboard": False,
 }
 
 #: What a run needs not do for laws of something else.

@@ -305,7 +305,6 @@ TINY = {
     "model.d_model": 16,
     "model.head_dim": 8,
     "model.d_ff": 16,
-    "run.tensorboard": False,
     "run.report": False,
     "task.name": "math",
     "task.math.verifier": "reference",

@@ -8,10 +8,11 @@ from tensorboardX.proto.event_pb2 import Event
 
 from deltal_jax.errors import UserError
 from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics
+from deltal_jax.trackers import TensorBoard
 
 
 def test_values_that_are_not_finite_are_null(tmp_path):
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(tmp_path)
     writer.write(1, "rl", {"a": math.nan, "b": math.inf, "c": 0.1})
     writer.close()
     text = (tmp_path / FILE_NAME).read_text()
@@ -20,12 +21,12 @@ def test_values_that_are_not_finite_are_null(tmp_path):
 
 
 def test_a_resumed_run_cuts_back_to_the_checkpoint(tmp_path):
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(tmp_path)
     writer.write(1, "rl", {"a": 1.0})
     position = writer.bytes_written
     writer.write(2, "rl", {"a": 2.0})
     writer.close()
-    resumed = MetricsWriter(tmp_path, keep_bytes=position, tensorboard=False)
+    resumed = MetricsWriter(tmp_path, keep_bytes=position)
     assert resumed.bytes_written == position
     resumed.write(2, "rl", {"a": 3.0})
     resumed.close()
@@ -34,7 +35,7 @@ def test_a_resumed_run_cuts_back_to_the_checkpoint(tmp_path):
 
 def test_a_new_run_starts_an_empty_file(tmp_path):
     (tmp_path / FILE_NAME).write_text("left over\n")
-    MetricsWriter(tmp_path, tensorboard=False).close()
+    MetricsWriter(tmp_path).close()
     assert (tmp_path / FILE_NAME).read_bytes() == b""
 
 
@@ -52,7 +53,7 @@ def events(folder):
 
 
 def test_tensorboard_events_carry_the_same_values(tmp_path):
-    writer = MetricsWriter(tmp_path)
+    writer = MetricsWriter(tmp_path, sinks=[TensorBoard(tmp_path)])
     writer.write(4, "rl", {"reward/mean": 0.25, "skipped": math.nan})
     writer.close()
     assert events(tmp_path) == [("reward/mean", 4, 0.25)]
@@ -60,14 +61,14 @@ def test_tensorboard_events_carry_the_same_values(tmp_path):
 
 def test_after_a_resume_every_step_is_there_once_and_none_is_lost(tmp_path):
     """Events are flushed now and then only: those of a run that dies may be gone."""
-    killed = MetricsWriter(tmp_path, tensorboard=False)
+    killed = MetricsWriter(tmp_path)
     killed.write(1, "sft", {"a": 1.0, "b": math.nan})
     killed.write(1, "rl", {"a": 2.0})
     position = killed.bytes_written
     killed.write(2, "rl", {"a": 3.0})
     killed.close()
     for value in (4.0, 5.0):
-        resumed = MetricsWriter(tmp_path, keep_bytes=position)
+        resumed = MetricsWriter(tmp_path, keep_bytes=position, sinks=[TensorBoard(tmp_path)])
         resumed.write(2, "rl", {"a": value})
         resumed.close()
         assert events(tmp_path) == [("warm-up/a", 1, 1.0), ("a", 1, 2.0), ("a", 2, value)]

@@ -54,7 +54,7 @@ EXPERIMENT = {
     },
     "evaluate": {"every": 0, "problems": 4},
     "checkpoint": {"every": 1},
-    "run": {"report": False, "tensorboard": False},
+    "run": {"report": False},
 }
 LORA = {"lora.rank": 2, "lora.targets": ["q_proj", "down_proj"]}
 

@@ -35,7 +35,7 @@ def test_a_signal_is_answered_though_the_checkpoints_cannot_be_read(tmp_path):
 def test_a_line_of_metrics_without_room_ends_the_run_with_the_way_to_go_on(tmp_path):
     options = TINY | {"run.dir": str(tmp_path / "run")}
     folder, setup = create_run("countdown-tiny", options, None, None)
-    writer, display = MetricsWriter(folder, tensorboard=False), ProgressDisplay(quiet=True)
+    writer, display = MetricsWriter(folder), ProgressDisplay(quiet=True)
     with closing(Checkpoints(folder / "checkpoints")) as checkpoints, closing(writer):
         stop = Stop(at_once=False)
         run = Run(folder, setup, ["task"], writer, checkpoints, display, None, stop)

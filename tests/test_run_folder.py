@@ -117,7 +117,7 @@ def test_a_run_is_reopened_with_the_config_that_it_was_started_with():
         ("evaluate.problems", 11),
         ("checkpoint.every", 13),
         ("checkpoint.keep_last", 4),
-        ("run.tensorboard", False),
+        ("run.trackers", ("wandb",)),
         ("run.report", False),
     ],
 )

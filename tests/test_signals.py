@@ -42,7 +42,6 @@ OPTIONS = {
     "evaluate.every": 2,
     "evaluate.problems": 8,
     "checkpoint.every": 3,
-    "run.tensorboard": False,
     "run.report": False,
 }
 #: Never ends in a run that has to stop, and makes something else of it when it is cut off.

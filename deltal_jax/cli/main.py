@@ -13,6 +13,7 @@ from deltal_jax.cli import (
     evaluate,
     export,
     prepare,
+    report,
     sample,
     train,
     variance,
@@ -25,6 +26,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "compare": compare,
     "sample": sample,
+    "report": report,
     "export": export,
     "prepare": prepare,
     "variance": variance,
@@ -41,6 +43,7 @@ examples:
   deltal train my.yaml --dry-run                     check everything, compile nothing
   deltal train run.dir=runs/x --resume               go on from the newest checkpoint
   deltal sample runs/x "7 1 5 -> 40"                 ask a trained model one problem
+  deltal report runs/x runs/y                        one page about both, to look at or to send
   deltal weights lengths.json --alpha 0.5,1          every aggregation's weights for your lengths
 
 exit codes: 0 done, 1 the run failed, 2 bad input (one line says which field and what to do)

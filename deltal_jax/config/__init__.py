@@ -42,6 +42,7 @@ from deltal_jax.config.schema import (
     ServerConfig,
     SftConfig,
     Surrogate,
+    Tracker,
 )
 from deltal_jax.config.tasks import TaskConfig
 
@@ -69,6 +70,7 @@ __all__ = [
     "SftConfig",
     "Surrogate",
     "TaskConfig",
+    "Tracker",
     "config_files",
     "config_folder",
     "describe_fields",

@@ -27,6 +27,8 @@ def build(kind: type, tree: Any, prefix: str = "") -> Any:
         path = prefix + name
         if dataclasses.is_dataclass(hints[name]):
             values[name] = build(hints[name], value if value is not None else {}, f"{path}.")
+        elif fields[name].default == () and value == []:  # only here is an empty list something
+            values[name] = ()
         else:
             values[name] = _convert(hints[name], value, path)
             _bound(values[name], fields[name].metadata, path)
@@ -62,7 +64,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or not value:
             examples = {int: "[32, 64]", float: "[0.2, 0.1]", str: "[one, two]"}
-            example = examples.get(args[0], "[q_proj, v_proj]")
+            example = examples.get(args[0]) or f"[{typing.get_args(args[0])[0]}]"
             raise UserError(f"{path}: expected a list such as {example}, got {value!r}")
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

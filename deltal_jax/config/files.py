@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ BASE, BASES = "base", "bases"
 METHODS = "methods"
 
 
-def load_config(name: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+def load_config(
+    name: str | Path, overrides: dict[str, Any] | None = None, *, gone: Iterable[str] = ()
+) -> Config:
     """Read a YAML config by path or name, over the files that its `base` names, and apply dotted
-    overrides, `{"rl.steps": 10}`."""
+    overrides, `{"rl.steps": 10}`. Fields that are `gone` are left out of what the files say."""
     path, tree = find_config(str(name)), {}
     layers = _layers(path)
     if METHODS in layers[path]:
@@ -36,6 +39,10 @@ def load_config(name: str | Path, overrides: dict[str, Any] | None = None) -> Co
         tree["run"] = {}
     if isinstance(tree["run"], dict):
         tree["run"].setdefault("name", path.stem)
+    for key in gone:
+        section, _, field = key.rpartition(".")
+        if isinstance(tree.get(section), dict):
+            tree[section].pop(field, None)
     for key, value in (overrides or {}).items():
         _set(tree, key, value)
     config = build(Config, tree)

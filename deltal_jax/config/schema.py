@@ -36,6 +36,7 @@ Advantage = Literal[
 Surrogate = Literal["clipped", "reinforce", "gspo", "gspo_token", "cispo", "gmpo", "sapo", "dppo"]
 Correction = Literal["none", "token_truncate", "token_mask", "sequence_mask"]
 DType = Literal["float32", "bfloat16"]
+Tracker = Literal["wandb", "trackio"]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -43,7 +44,9 @@ Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 class RunConfig:
     name: str = field("run", "name of the experiment; part of the run folder's name")
     dir: str | None = field(None, "run folder; default: a new time-stamped one under runs/")
-    tensorboard: bool = field(True, "also write TensorBoard events")
+    trackers: tuple[Tracker, ...] = field(
+        (), "who else is shown the metrics, each an extra of its name; TensorBoard always is"
+    )
     report: bool = field(True, "write report.html at the end")
     grace_seconds: float | None = field(
         30.0,

@@ -11,6 +11,7 @@ from deltal_jax.guard.dumps import DUMPS, Record, save_dump, save_record
 from deltal_jax.guard.health import judge, must_stop
 from deltal_jax.parallel.processes import agree
 from deltal_jax.training.collect import Collected
+from deltal_jax.training.objective import Weighted
 from deltal_jax.training.run import Run
 from deltal_jax.training.step import UpdateReport
 from deltal_jax.types import TrainState
@@ -24,15 +25,16 @@ class StepWatch:
 
     def __init__(self, run: Run, step: int):
         self._run, self._step = run, step
-        self._batch: Collected | None = None
+        self.batch: Collected | None = None  # as all updates take it
+        self.weighted: Weighted | None = None  # what its tokens' losses are multiplied by
         self._alpha = 1.0
         self._reports: Sequence[UpdateReport] = []
         self._dumps: dict[Path, int] = {}  # of this step, with the update that each begins at
 
-    def begin(self, state: TrainState, batch: Collected, alpha: float) -> None:
-        """Before the first update, with the batch as all updates take it and the exponent that
-        weighs it."""
-        self._batch, self._alpha = batch, alpha
+    def begin(self, state: TrainState, batch: Collected, weighted: Weighted, alpha: float) -> None:
+        """Before the first update, with the batch as all updates take it, its weights and the
+        exponent that they have."""
+        self.batch, self.weighted, self._alpha = batch, weighted, alpha
         if self._step in (self._run.setup.config.guard.dump_steps or ()):
             self._dump(state, 0)
 
@@ -70,13 +72,13 @@ class StepWatch:
 
     def _dump(self, state: TrainState, first: int) -> str:
         """Keep the step from an update on; says where. A dump that fails is no reason to stop."""
-        assert self._batch is not None
+        assert self.batch is not None
         folder = self._run.folder / DUMPS / f"step-{self._step:06d}-update-{first + 1}"
         record = Record(self._step, first, self._reports, alpha=self._alpha)
         self._run.settle(self._step)  # two saves at once meet at the same barriers of Orbax
         failure: Exception | None = None
         try:
-            save_dump(folder, self._run.setup, state, self._batch, record)
+            save_dump(folder, self._run.setup, state, self.batch, record)
         except (OSError, ValueError, RuntimeError) as error:  # no room on disk, or in memory
             failure = error
         if agree(failure is not None):

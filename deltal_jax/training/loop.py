@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from deltal_jax.analysis.accuracy import monotonicity
-from deltal_jax.analysis.report import write_report
 from deltal_jax.backend import enable_compile_cache
 from deltal_jax.checkpoints.manifest import Position
 from deltal_jax.checkpoints.store import SaveError
@@ -25,10 +24,12 @@ from deltal_jax.metrics import FILE_NAME, MetricsWriter, load_metrics, metrics_s
 from deltal_jax.parallel.mesh import describe_mesh, start_distributed
 from deltal_jax.parallel.processes import agree, all_failed, ending_together, is_first, on_first
 from deltal_jax.progress import ProgressDisplay
+from deltal_jax.report.page import write_report
 from deltal_jax.rollout.base import RolloutEngine
 from deltal_jax.tasks.base import close
 from deltal_jax.tasks.early import EarlyVerdicts
 from deltal_jax.tasks.grading import Reward, RewardFunction, as_rewards
+from deltal_jax.trackers import open_sinks
 from deltal_jax.training import run_folder
 from deltal_jax.training.ahead import Ahead, open_batches
 from deltal_jax.training.collect import RolloutStream
@@ -47,6 +48,7 @@ from deltal_jax.training.opening import (
 )
 from deltal_jax.training.optimizer import learning_rate
 from deltal_jax.training.policy import mean_of, update_policy
+from deltal_jax.training.rollouts import write_rollout
 from deltal_jax.training.run import OWED, Run, stage
 from deltal_jax.training.setup import init_params, make_engine, make_update
 from deltal_jax.training.sft import demonstration_batches
@@ -156,7 +158,7 @@ def _train(
     writer = MetricsWriter(
         folder if is_first() else None,
         keep_bytes=position.metrics_bytes,
-        tensorboard=config.run.tensorboard,
+        sinks=open_sinks(folder, config, display.say) if is_first() else (),
     )
     running = position.running | {MESH: describe_mesh(setup.mesh)}
     journal = None
@@ -303,6 +305,9 @@ def _reinforce(
         }
         with run.writing("RL", step):
             run.writer.write(step, "rl", metrics)
+            if is_first() and (step == 1 or run.evaluates(step)):
+                assert watch.batch is not None and watch.weighted is not None
+                write_rollout(run.folder, run.setup, step, watch.batch, watch.weighted)
         must_stop = watch.finish(metrics)
         if run.evaluates(step):
             accuracy = run.evaluate(evaluator, state, step)

@@ -20,6 +20,7 @@ from deltal_jax.progress import ProgressDisplay
 from deltal_jax.tasks.base import Task, files_of
 from deltal_jax.tasks.files import load_rewards, pin_files
 from deltal_jax.tasks.grading import Reward, as_rewards
+from deltal_jax.trackers import check_trackers
 from deltal_jax.training import run_folder
 from deltal_jax.training.collect import OVERLONG
 from deltal_jax.training.setup import (
@@ -49,6 +50,7 @@ def create_run(
         config = dataclasses.replace(config, task=pin_files(config.task))
         choose_rewards(config, rewards)
         check_profile(profile, config)
+        check_trackers(config)
         if is_first():
             run_folder.check_run_folder(config)
         setup = make_setup(config)
@@ -103,6 +105,7 @@ def _check_reopened(
     rewards: Sequence[Reward | str] | None,
 ) -> tuple[Path, Setup, dict[str, tuple[Any, Any]]]:
     folder, config = run_folder.reopen_run_folder(name, overrides, run_dir)
+    check_trackers(config)
     if is_first():
         run_folder.check_writable(folder)
     changes = run_folder.changes(run_folder.load_run_config(folder), config)

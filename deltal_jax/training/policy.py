@@ -47,9 +47,9 @@ def update_policy(
     batch = with_logprobs(setup, update, state, batch)
     recomputed = time.perf_counter()
     alpha = first_exponent(setup.config) if live is None else live.alpha
-    if watch is not None:
-        watch.begin(state, batch, alpha)
     plan = make_updates(setup, batch, alpha, transform)
+    if watch is not None:
+        watch.begin(state, batch, plan.weighted, alpha)
     unweighted = plan.unweighted() if live is not None and live.compares else []
     schedule = learning_rate(setup.config.rl.optimizer, setup.config.rl.updates)
     rate = float(np.asarray(schedule(int(state.updates))))
@@ -87,9 +87,11 @@ def with_logprobs(setup: Setup, update: Update, state: TrainState, batch: Collec
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """The micro-batches of each update of one epoch, and the metrics that no update changes."""
+    """The micro-batches of each update of one epoch, the weights in them, and the metrics that no
+    update changes."""
 
     minibatches: list[list[Bucket]]
+    weighted: Weighted
     metrics: dict[str, float]
     #: The weights of the first mini-batch's responses if lengths did not matter, Float[B].
     constant: np.ndarray
@@ -124,7 +126,7 @@ def make_updates(
     )
     share = minibatch_share(ids, ids[0], weighted.minibatch_factor)
     constant = weighted.unweighted * np.float32(share)
-    return StepPlan(minibatches, weighted.metrics | mismatch, constant)
+    return StepPlan(minibatches, weighted, weighted.metrics | mismatch, constant)
 
 
 def step_metrics(

@@ -25,9 +25,13 @@ LOCK = ".lock"
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+ROLLOUTS = "rollouts"
 VERDICTS = "verdicts"
 SUMMARY = "summary.json"
 RUNS = "runs"
+
+#: Fields that the config of an older run has, and that nothing depends on any more.
+GONE = ("run.tensorboard",)
 
 #: Fields, and with a dot at the end sections, that a resumed run may change, and why that is safe:
 #: they alter how far it goes, how it is watched, or in which order numbers are added.
@@ -104,7 +108,7 @@ def reopen_run_folder(
     """
     folder = Path(run_dir) if run_dir is not None else newest_run(name)
     stored = load_run_config(folder)
-    config = load_config(folder / CONFIG, {**overrides, "run.dir": str(folder)})
+    config = load_run_config(folder, {**overrides, "run.dir": str(folder)})
     changes(stored, config)
     return folder, config
 
@@ -191,13 +195,14 @@ def model_files(folder: Path) -> Path | None:
     return folder / MODEL if (folder / MODEL).is_dir() else None
 
 
-def load_run_config(folder: Path) -> Config:
-    """The resolved config of a run. Raises UserError where the folder is not a run."""
+def load_run_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config:
+    """The resolved config of a run, with dotted overrides. Raises UserError where the folder is not
+    a run."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"run.dir: {folder} is not a run folder (it has no {CONFIG})")
     if not (folder / CONFIG).read_bytes().strip():
         raise UserError(f"run.dir: {folder / CONFIG} is empty or damaged; bring it back")
-    return load_config(folder / CONFIG)
+    return load_config(folder / CONFIG, overrides, gone=GONE)
 
 
 def load_summary(folder: Path) -> dict[str, Any]:

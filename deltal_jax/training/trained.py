@@ -67,7 +67,7 @@ def load_steps(
     enable_compile_cache()
     origin = {"config": run_folder.fixed_fields(run_folder.load_run_config(folder))}
     # Who trained on many devices may look at it on one.
-    config = load_config(folder / run_folder.CONFIG, ONE_DEVICE | overrides)
+    config = run_folder.load_run_config(folder, ONE_DEVICE | overrides)
     checkpoints = SavedSteps(run_folder.checkpoints_folder(folder, config))
     numbers = _numbers(folder, checkpoints, steps, config.sft.steps)
     setup = make_setup(config, run_folder.model_files(folder))
