@@ -21,7 +21,6 @@ from deltal_jax.guard.doctor import examine, longest_repetition
 from deltal_jax.guard.ladder import begin_with
 from deltal_jax.metrics import load_metrics
 from deltal_jax.training import loop, policy
-from deltal_jax.training.step import Update
 from tests import fakes, small_tokenizers
 from tests.runs import TINY, mixed_reward
 
@@ -263,8 +262,8 @@ def test_a_gradient_far_from_the_runs_own_is_worth_a_look(ill):
 def test_weights_that_are_not_the_formulas_fail(ill, monkeypatch, fault):
     weigh = policy.weigh
 
-    def wrong(config, rollout, rewards):
-        found = weigh(config, rollout, rewards)
+    def wrong(config, rollout, rewards, alpha):
+        found = weigh(config, rollout, rewards, alpha)
         factor = 1.1 if fault == "scale" else 1.0 / found.weights
         shaped = found.weights * factor
         if fault == "shape":  # those of constant lengths: the same sum
@@ -281,13 +280,13 @@ def test_weights_that_are_not_the_formulas_fail(ill, monkeypatch, fault):
 
 
 def test_a_gradient_of_the_wrong_sign_does_not_learn(ill, monkeypatch):
-    accumulate = Update.accumulate
+    apply = ill.update.apply
 
-    def uphill(self, params, buckets):
-        found = accumulate(self, params, buckets)
-        return dataclasses.replace(found, grads=jax.tree.map(jnp.negative, found.grads))
+    def uphill(state, found):
+        grads = jax.tree.map(jnp.negative, found.grads)
+        return apply(state, dataclasses.replace(found, grads=grads))
 
-    monkeypatch.setattr(Update, "accumulate", uphill)
+    monkeypatch.setattr(ill.update, "apply", uphill)
     assert failed(checkup.learns(ill)) == ["Σ w A Δ log p a token"]
 
 
