@@ -1,12 +1,12 @@
 """Chain: apply x → a · x + b modulo m again and again, n times.
 
     prompt    3 2 5 * 4 :                       a = 3, b = 2, x = 5, n = 4, m = 7
-    response  3 3 2 4 1 0 0 2 = 2               after each jump: steps left, value; then the answer
+    response  1 3 3 2 4 1 0 0 2 = 2             one step a jump; steps left and value after each
 
-A response may take several steps at a jump, which is shorter and harder, or answer at once. The
-number of steps is drawn from 1 to `steps` such that its logarithm is uniform, so lengths span two
-orders of magnitude, and long responses have more places to go wrong. The verifier looks at the
-answer alone.
+A response says how many steps it takes at a jump: several are shorter and harder. Or it answers at
+once. The number of steps is drawn from 1 to `steps` such that its logarithm is uniform, so lengths
+span two orders of magnitude, and long responses have more places to go wrong. The verifier looks at
+the answer alone.
 """
 
 import dataclasses
@@ -103,10 +103,9 @@ class Chain:
             yield _problem(a, b, x, min(n, self.steps))
 
     def _trace(self, rng: random.Random, given: dict) -> str:
-        said: list[str] = []
         left, jump = given["n"], rng.choices(JUMPS, JUMP_WEIGHTS)[0]
-        direct = rng.random() < self.direct
-        while left and not direct:
+        said = [] if rng.random() < self.direct else [str(jump)]
+        while said and left:
             left = max(left - jump, 0)
             said += [str(left), str(self.value(given, given["n"] - left))]
         return " ".join([*said, "=", str(self.value(given, given["n"]))])
