@@ -47,6 +47,13 @@ def test_cells_are_whole_pairs_first_and_differ_by_seed_and_method_alone(write):
     assert [m.permuted for m in plan.methods] == [False, False, True]
 
 
+def test_a_seed_of_the_plan_starts_from_one_warm_up_for_all_that_have_it(write):
+    plan = load_plan(write(PLAN.replace("[7, 8, 9]", "[1, 7]")))
+    found = {cell.name: cell.warmup for cell in plan.cells()}
+    assert (found["one/seed-3"], found["one/seed-1"]) == (0, 1)
+    assert (found["two/seed-1"], found["two/seed-7"]) == (1, 1)
+
+
 @settings(max_examples=6)
 @given(
     seeds=st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True),
@@ -83,6 +90,7 @@ def test_a_plan_may_lie_over_a_base_and_name_an_experiment_beside_it(write):
         ("warmups: 2", "warmups: 0", "warmups: sft.steps asks for one; set it to 1 or more"),
         ("warmups: 2", "warmups: x", "warmups: expected a number of them or run folders, got 'x'"),
         ("seeds: [3, 1]", "seeds: [3]\nreference: three", "reference: 'three' is not one of"),
+        ("seeds: [3, 1]", "seeds: [3]\nreference: shuffled", "reference: 'shuffled' is not one of"),
         ("  one:", "  shuffled:", "controls.shuffled: a method has that name; choose another"),
         ("  one:", "  a/b:", "methods.a/b: a name is made of letters, digits"),
         ("of: two", "of: nobody", "controls.shuffled.of: 'nobody' is not one of"),

@@ -96,7 +96,8 @@ class Plan:
             Cell(
                 method,
                 seed,
-                number % max(count, 1),
+                # A seed of the plan starts from one warm-up, whichever of them a method has.
+                (self.seeds.index(seed) if seed in self.seeds else number) % max(count, 1),
                 dataclasses.replace(configs[method.name], seed=seed),
             )
             for number in range(most)
@@ -245,8 +246,9 @@ def _reference(value: Any, methods: tuple[Method, ...]) -> str:
         if method.of and method.of not in names:
             raise UserError(unknown_name(f"controls.{method.name}.of", method.of, names))
     reference = names[0] if value is None else value
-    if reference not in names:
-        raise UserError(unknown_name("reference", reference, names))
+    candidates = [method.name for method in methods if not method.control]
+    if reference not in candidates:
+        raise UserError(unknown_name("reference", reference, candidates))
     return reference
 
 
