@@ -141,3 +141,5 @@ def test_the_bounds_are_those_of_the_runs_own_guard():
     assert trouble(collapsed, load_config("countdown-tiny", {"guard.entropy_floor": 0.1})) == {}
     clip = load_config("countdown-tiny", {"rl.optimizer.clip_norm": None})
     assert trouble(lines({}, {"optim/grad_norm": 7.0}), clip) == {}
+    normalised = load_config("countdown-tiny", {"rl.optimizer.normalize": True})
+    assert trouble(lines({}, {"optim/grad_norm": 7.0}), normalised) == {}

@@ -143,7 +143,7 @@ def _learning(config: Config) -> list[Rule]:
 
 def _optimizing(config: Config) -> list[Rule]:
     """Steps that are clipped, left out, or ruled by something else than the gradient."""
-    clip = config.rl.optimizer.clip_norm
+    clip = None if config.rl.optimizer.normalize else config.rl.optimizer.clip_norm
 
     def clipped(curves: Curves) -> float | None:
         norms = curves.series("optim/grad_norm")[-HORIZON:]
