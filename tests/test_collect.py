@@ -120,6 +120,17 @@ class Graded:
         return values
 
 
+class Counting(Engine):
+    """An engine that counts the tokens that it samples."""
+
+    tokens = 0
+
+    def sample(self, params, responses, **options):
+        found, stats = super().sample(params, responses, **options)
+        self.tokens += int(found.lengths.sum() - responses.lengths.sum())
+        return found, stats
+
+
 def ends(lengths, slots):
     """When each of Int[P G] responses ends, where each takes a token a step and begins, in order,
     as soon as a slot is free."""
@@ -156,11 +167,12 @@ def test_dynamic_sampling_takes_the_first_groups_that_vary_and_grades_each_once(
     spy = Graded(lambda response: float(len(response.split()) > 3))
     options = {"rollout.dynamic_sampling": "reward", "rollout.oversampling": 1.5}
     shared = chain_stream(options)[0].engine
-    own = Engine(shared._graphdef, shared.options)
+    own = Counting(shared._graphdef, shared.options)
     stream, params = chain_stream(options, [Reward(spy)], own)
     rounds = []
     for step in range(3):
         spy.groups.clear()
+        own.tokens = 0
         start = stream.next_prompt
         batch = stream.next(params, step)
         seen = [position for position, _ in spy.groups]
@@ -173,6 +185,7 @@ def test_dynamic_sampling_takes_the_first_groups_that_vary_and_grades_each_once(
         assert metrics["rollout/informative_groups"] == 4 and metrics["reward/frac_zero_std"] == 0
         rounds.append(metrics["rollout/rounds"])
         assert metrics["rollout/groups_dropped"] == stream.next_prompt - start - 4
+        assert metrics["rollout/tokens"] == own.tokens  # of what was never graded, too
         assert metrics["rollout/informative_frac"] == pytest.approx(4 / len(seen))
         everything = np.mean([rewards for _, rewards in spy.groups])
         assert metrics["rollout/reward_mean"] == pytest.approx(everything)

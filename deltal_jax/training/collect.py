@@ -145,7 +145,7 @@ class RolloutStream:
         groups = join_groups(found.parts, samples)
         chosen = choose(np.asarray(found.good), rl.prompts_per_step)
         batch = take_groups(groups, chosen, samples)
-        unused = self._keep()
+        unused, in_vain = self._keep()
         metrics = batch.metrics | _utilization(found.rounds) | self._data_metrics()
         if options.dynamic_sampling != "none":
             everything = groups.metrics
@@ -154,7 +154,7 @@ class RolloutStream:
                 "rollout/informative_groups": float(sum(found.good)),
                 "rollout/informative_frac": float(np.mean(found.good)),
                 "rollout/groups_dropped": float(len(found.good) - len(chosen) + unused),
-                "rollout/tokens": float(groups.rollout.response_lengths.sum()),
+                "rollout/tokens": float(groups.rollout.response_lengths.sum() + in_vain),
                 "rollout/reward_mean": everything["reward/mean"],
                 "rollout/accuracy_mean": everything["accuracy/mean"],
             }
@@ -271,18 +271,22 @@ class RolloutStream:
         self.carried = take(self.carried, rest) if len(rest) else None
         return popped
 
-    def _keep(self) -> int:
-        """Carry over what has begun, or nothing; returns how many groups are thrown away."""
+    def _keep(self) -> tuple[int, int]:
+        """Carry over what has begun, or nothing; returns how many groups are thrown away, and how
+        many tokens of theirs."""
+        if self.carried is None:
+            return 0, 0
         count = _count(self.carried)
-        if self.carried is None or not self.setup.config.rollout.partial:
+        if not self.setup.config.rollout.partial:
+            tokens = int(self.carried.lengths.sum())
             self.carried = None
-            return count
+            return count, tokens
         begun = self.carried.group_ids[self.carried.lengths > 0]
         kept = int(begun[-1]) + 1 if len(begun) else 0
         if kept < count:  # the turn of the others comes again
             self.next_prompt = int(self.carried.prompts.positions[kept])
         self.carried = take(self.carried, np.arange(kept)) if kept else None
-        return 0
+        return 0, 0
 
     def _data_metrics(self) -> dict[str, float]:
         """How far the run is in its data, and what it left out on the way; both only of tasks that
