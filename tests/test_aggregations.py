@@ -137,6 +137,16 @@ def test_responses_that_do_not_count_change_nothing():
             assert second[name][key] == same, (name, key)
 
 
+def test_batches_of_one_group_are_the_groups_themselves():
+    gradients, _ = draw(np.random.default_rng(5), 12, samples=3)
+    batches, gram = draw_batches(12, 1, rounds=4), gradients @ gradients.T
+    weights = np.repeat(np.eye(12)[batches.chosen[:, 0]], 3, axis=1) / 3
+    own = Pairs.of([gram], [weights], [weights], batches, 12)
+    means = gradients.reshape(12, 3, 3).mean(axis=1)
+    assert own.variance[0] == pytest.approx(means.var(axis=0, ddof=1).sum())
+    assert own.variance[5] == pytest.approx(np.delete(means, 4, 0).var(axis=0, ddof=1).sum())
+
+
 def test_batches_need_two_of_them():
     with pytest.raises(ValueError, match="fewer than two batches"):
         draw_batches(15, 8)

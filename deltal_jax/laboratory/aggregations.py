@@ -206,7 +206,7 @@ class Pairs:
             cross += _by_group(gram * _apart(own, other, batches.rounds), groups)
         single = np.diag(same) / np.maximum(np.diag(together), 1)
         within = size * _without_one(single)
-        between = size * (size - 1) * _pair_means(same, together)
+        between = size * (size - 1) * _pair_means(same, together) if size > 1 else 0.0
         return cls(
             second=within + between,
             mean=size**2 * _pair_means(mean, apart),
