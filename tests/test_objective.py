@@ -276,6 +276,18 @@ def test_the_meters_are_those_of_the_weights_and_advantages(rollout, rewards):
 
 
 @pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("scope", ["batch", "minibatch", "group"])
+@pytest.mark.parametrize(("overlong_filter", "count_masked"), FILTERS)
+def test_what_is_unweighted_has_equal_weights_of_all_that_count(
+    scope, overlong_filter, count_masked, rollout, rewards
+):
+    given = config(scope=scope, overlong_filter=overlong_filter, count_masked=count_masked)
+    found = weigh(given, rollout, rewards)
+    np.testing.assert_array_equal(found.unweighted > 0, found.weights > 0)
+    assert np.ptp(found.unweighted[found.unweighted > 0]) == 0
+
+
+@pytest.mark.usefixtures("uncompiled")
 def test_auxiliary_weights_that_no_term_uses_are_zero_and_need_no_options(rollout, rewards):
     given = config(auxiliary_aggregation="inverse_variance", rho=None)
     np.testing.assert_array_equal(weigh(given, rollout, rewards).auxiliary_weights, 0.0)

@@ -60,7 +60,7 @@ class Weighted:
     #: What multiplies the weights in the loss of a mini-batch; None: B / B_mb.
     minibatch_factor: float | None
     metrics: dict[str, float]
-    #: The weights of `constant_length` instead: as if no response were weighed by its length.
+    #: Equal weights instead, of all responses that count, whatever the scope.
     unweighted: np.ndarray
 
 
@@ -180,16 +180,17 @@ def _weigh(
         "where": known if kept is None else known & kept,
     }
 
-    def weights_of(name: Aggregation) -> jax.Array:
+    def weights_of(name: Aggregation, **other: Any) -> jax.Array:
         aggregation = AGGREGATIONS[name]
-        return aggregation(lengths, **_taken(aggregation, offered))
+        return aggregation(lengths, **_taken(aggregation, offered | other))
 
     weights = weights_of(objective.aggregation)
     auxiliary = jnp.zeros_like(weights)
     if objective.kl_coefficient or objective.entropy_coefficient:
         auxiliary = weights_of(objective.auxiliary_aggregation)
     meters = aggregation_diagnostics(weights, lengths, advantages, normalizer=normalizer)
-    return advantages, weights, auxiliary, weights_of("constant_length"), meters
+    unweighted = weights_of("constant_length", scope_ids=None)
+    return advantages, weights, auxiliary, unweighted, meters
 
 
 def surrogate_options(objective: ObjectiveConfig) -> dict[str, float | None]:
