@@ -1,5 +1,7 @@
 """Exponents of parts, on blocks of gradients whose exponents are known."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -47,3 +49,7 @@ def test_small_pools_and_no_gradient_say_nothing():
     assert compare_exponents(grams, pool, 16, 6) is None
     grams, pool = blocks((1.0,), groups=8)
     assert compare_exponents({b: 0 * gram for b, gram in grams.items()}, pool, 16, 6) is None
+    for half in (slice(0, 16), slice(16, 32)):
+        kept = np.zeros(32, bool)
+        kept[half] = True
+        assert compare_exponents(grams, dataclasses.replace(pool, kept=kept), 16, 6) is None

@@ -68,6 +68,8 @@ def _fit(
 
     def beta(gram: np.ndarray) -> float | None:
         kept = np.flatnonzero(pool.kept)
+        if not kept.size:
+            return None
         ids = np.unique(kept // pool.samples, return_inverse=True)[1]
         lengths = pool.lengths[kept]
         part = gram[np.ix_(kept, kept)]
