@@ -9,6 +9,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from deltal_jax import Reward, train
@@ -242,6 +243,16 @@ def test_a_mean_of_each_micro_batch_fails_the_first_update(ill, monkeypatch):
         "loss against its closed form",
         "gradient in another split",
     ]
+
+
+def test_parameters_stored_in_less_round_the_gradient_of_each_micro_batch(ill):
+    model = dataclasses.replace(ill.config.model, param_dtype="bfloat16")
+    ill.config = dataclasses.replace(ill.config, model=model)
+    ill.params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), ill.params)
+    grads = ill.update.accumulate(ill.params, ill.step[0]).grads
+    norm = float(optax.tree.norm(grads))
+    figure = checkup._split(ill, grads, norm)
+    assert checkup.SPLIT_ERROR["float32"][0] < figure.value and figure.verdict == "ok"
 
 
 def test_stale_log_probabilities_and_another_reference_fail_the_first_update(ill):

@@ -22,7 +22,7 @@ MEAN_DRIFT = {"float32": (1e-4, 0.01), "bfloat16": (0.01, 0.03)}
 MAX_DRIFT = {"float32": (1e-2, 1.0), "bfloat16": (0.5, 4.0)}
 #: Of the loss, relative to the sum of its parts' sizes.
 LOSS_ERROR = {"float32": (1e-4, 1e-2), "bfloat16": (1e-2, 5e-2)}
-#: Of the gradient in two splits, relative to its norm.
+#: Of the gradient in two splits, relative to its norm; a micro-batch's is of its parameters' type.
 SPLIT_ERROR = {"float32": (1e-5, 1e-3), "bfloat16": (2e-2, 0.1)}
 #: Updates on one batch that are to learn it.
 UPDATES = 4
@@ -126,7 +126,9 @@ def _split(patient: Patient, grads: object, norm: float) -> Figure:
         return Figure(name, "no other split", verdict="n/a")
     again = patient.update.accumulate(patient.params, parts).grads
     off = float(optax.tree.norm(jax.tree.map(lambda a, b: a - b, again, grads)))
-    bounds = SPLIT_ERROR[patient.config.model.compute_dtype]
+    model = patient.config.model
+    coarse = "bfloat16" in (model.compute_dtype, model.param_dtype)
+    bounds = SPLIT_ERROR["bfloat16" if coarse else "float32"]
     said = f"{name} ({len(parts)} micro-batches, not {len(buckets)}), relative"
     remedy = "something is divided by what a micro-batch holds: weights are of the whole batch"
     return at_most(said, off / max(norm, 1e-30), *bounds, remedy=remedy)
