@@ -351,3 +351,16 @@ def test_sampling_ahead_on_the_same_devices_takes_a_copy_of_the_parameters():
         plain["kv_cache"],
         plain["responses"],
     )
+
+
+def test_the_memory_of_gradients_and_moments_is_of_as_many_as_are_held():
+    def held(**options):
+        config = load_config("countdown-tiny", {"meters.every": 0} | options)
+        found = memory_estimate(config, make_architecture(config, 23))
+        return [found[part] / found["parameters"] for part in ("gradients", "optimizer")]
+
+    assert held() == [2, 2]
+    assert held(**{"meters.every": 5, "meters.variance": True}) == [4, 2]
+    # Of five classes, the running sum of the sixth and what is added, and the running mean.
+    assert held(**{"objective.alpha": "mse"}) == [8, 2]
+    assert held(**{"rl.optimizer": {"rule": "sgd", "b2": 0.999}}) == [2, 0]

@@ -5,7 +5,7 @@ import math
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from deltal_jax.config import Advantage, Aggregation, Config, Correction
+from deltal_jax.config import Advantage, Aggregation, Config, Correction, OptimizerConfig
 from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.lora import overlay, trained
 from deltal_jax.model.transformer import abstract_params, parameter_count
@@ -16,6 +16,7 @@ from deltal_jax.rollout.checks import sampling_memory
 from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.tasks.base import Task
 from deltal_jax.training.buckets import bucket_rows
+from deltal_jax.training.meters import CLASSES
 from deltal_jax.training.objective import first_exponent, normalizer, surrogate_options
 
 #: Of what the update adds and computes in, whatever is stored.
@@ -319,8 +320,8 @@ def memory_estimate(
     copied = config.rollout.ahead and config.rollout.devices is None
     parts = {
         "parameters": own * stored + frozen * narrow,
-        "optimizer": 2 * own * BYTES[config.rl.optimizer.moment_dtype],
-        "gradients": (2 + config.halves + (config.meters.every > 0)) * own * FLOAT_BYTES,
+        "optimizer": _moments(config.rl.optimizer) * own * BYTES[config.rl.optimizer.moment_dtype],
+        "gradients": _gradients(config) * own * FLOAT_BYTES,
         "reference": own * stored if config.objective.kl_coefficient else 0,
         "activations": activations,
         "sampling_copy": copied * (own * stored + frozen * narrow),
@@ -328,6 +329,20 @@ def memory_estimate(
     if config.rollout.engine == "jax":
         parts |= sampling_parts(config, arch, mesh)
     return parts | {"total": sum(parts.values())}
+
+
+def _moments(optimizer: OptimizerConfig) -> int:
+    """Numbers that the optimizer keeps of each that is trained."""
+    return 2 if optimizer.rule == "adamw" else 0
+
+
+def _gradients(config: Config) -> int:
+    """How many gradients are held at once: a sum and what is added to it, and those that are
+    compared with it."""
+    held = 2 + config.halves
+    if config.objective.alpha == "mse":  # of the classes before the last, and the running mean
+        return held + CLASSES
+    return held + (config.meters.every > 0)
 
 
 def sampling_parts(
