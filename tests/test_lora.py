@@ -11,7 +11,8 @@ from flax import traverse_util
 
 from deltal_jax.model.lora import TARGETS, LoRA, merge_adapters, overlay, trained
 from deltal_jax.model.transformer import abstract_params, init_model, make_graphdef, split_model
-from deltal_jax.training.step import SUPERVISED, Update
+from deltal_jax.training.loss import SUPERVISED
+from deltal_jax.training.step import Update
 from tests import fakes
 from tests.test_step import COUNT, LAYOUTS, buckets_of
 

@@ -16,9 +16,10 @@ from deltal_jax.objective.adaptive import agreement
 from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.training.buckets import make_buckets
 from deltal_jax.training.describe import formula
+from deltal_jax.training.loss import SUPERVISED, Meters
 from deltal_jax.training.meters import CLASSES, WINDOW, LiveMeters, length_classes
 from deltal_jax.training.optimizer import make_optimizer, optimizer_meter
-from deltal_jax.training.step import SUPERVISED, Meters, Update, UpdateReport
+from deltal_jax.training.step import Update, UpdateReport
 from tests import fakes
 from tests.runs import TINY, assert_same, copied, mixed_reward
 

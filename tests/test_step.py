@@ -20,7 +20,8 @@ from deltal_jax.objective.divergence import kl_k2
 from deltal_jax.objective.logprobs import token_logprobs
 from deltal_jax.objective.surrogate import SURROGATES, clipped, ratio_diagnostics
 from deltal_jax.training.buckets import make_buckets, make_minibatches
-from deltal_jax.training.step import SUPERVISED, LossTerms, Update, microbatch_loss
+from deltal_jax.training.loss import SUPERVISED, LossTerms, microbatch_loss
+from deltal_jax.training.step import Update
 from tests import fakes
 
 COUNT = 24

@@ -17,7 +17,8 @@ from deltal_jax.objective.surrogate import clipped, gspo
 from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.parallel.sharding import row_shards, wholly_replicated
 from deltal_jax.training.buckets import make_buckets, make_minibatches
-from deltal_jax.training.step import SUPERVISED, LossTerms, Update
+from deltal_jax.training.loss import SUPERVISED, LossTerms
+from deltal_jax.training.step import Update
 from tests import fakes
 from tests.processes import run_processes
 

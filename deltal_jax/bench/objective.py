@@ -20,7 +20,8 @@ from deltal_jax.objective.aggregation import (
     token_mean,
 )
 from deltal_jax.training.buckets import make_buckets
-from deltal_jax.training.step import SUPERVISED, Update
+from deltal_jax.training.loss import SUPERVISED
+from deltal_jax.training.step import Update
 from deltal_jax.types import Rollout
 
 RESPONSES = 1_000_000

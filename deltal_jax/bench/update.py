@@ -24,7 +24,8 @@ from deltal_jax.model.transformer import (
 from deltal_jax.objective.aggregation import token_mean
 from deltal_jax.objective.surrogate import clipped
 from deltal_jax.training.buckets import make_buckets, padding_fraction
-from deltal_jax.training.step import LossTerms, Update
+from deltal_jax.training.loss import LossTerms
+from deltal_jax.training.step import Update
 from deltal_jax.types import Bucket, Rollout, TrainState
 
 BUDGET = 640  # tokens of a micro-batch

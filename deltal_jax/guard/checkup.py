@@ -11,8 +11,8 @@ import optax
 from deltal_jax.guard.ladder import Figure, Rung, at_least, at_most
 from deltal_jax.guard.patient import Patient
 from deltal_jax.objective.surrogate import importance_ratio
+from deltal_jax.training.loss import bucket_logprobs
 from deltal_jax.training.objective import make_loss, normalizer, surrogate_options
-from deltal_jax.training.step import bucket_logprobs
 from deltal_jax.types import Bucket
 
 #: Of each type that is computed in, what is ok and what has failed; in between it is worth a look.

@@ -24,9 +24,10 @@ from deltal_jax.parallel.processes import is_first, on_first
 from deltal_jax.training import run_folder
 from deltal_jax.training.collect import Collected, arrays_of, load_collected
 from deltal_jax.training.devices import lacking_devices
+from deltal_jax.training.loss import Meters
 from deltal_jax.training.opening import MESH
 from deltal_jax.training.setup import Setup, make_setup, save_model_files
-from deltal_jax.training.step import Meters, UpdateReport
+from deltal_jax.training.step import UpdateReport
 from deltal_jax.training.trained import ONE_DEVICE, restore_state
 from deltal_jax.types import TrainState
 

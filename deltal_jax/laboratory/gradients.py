@@ -23,10 +23,10 @@ from deltal_jax.model.precision import ROUND_ALIKE
 from deltal_jax.objective.aggregation import policy_gradient_loss
 from deltal_jax.parallel.sharding import PARAMETER_AXES
 from deltal_jax.training.buckets import make_buckets
+from deltal_jax.training.loss import LossTerms, bucket_logprobs
 from deltal_jax.training.objective import make_loss
 from deltal_jax.training.optimizer import widen
 from deltal_jax.training.setup import Setup
-from deltal_jax.training.step import LossTerms, bucket_logprobs
 from deltal_jax.types import Bucket, Rollout
 
 KINDS = ("q", "k", "v", "o", "mlp", "embed", "head", "norm")

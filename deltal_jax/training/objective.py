@@ -25,7 +25,7 @@ from deltal_jax.objective.correction import CORRECTIONS
 from deltal_jax.objective.diagnostics import aggregation_diagnostics
 from deltal_jax.objective.divergence import DIVERGENCES
 from deltal_jax.objective.surrogate import SURROGATES, ratio_diagnostics
-from deltal_jax.training.step import LossTerms
+from deltal_jax.training.loss import LossTerms
 from deltal_jax.types import Bucket, Rollout
 
 #: Options of the surrogates that a config may set.

@@ -21,11 +21,12 @@ from deltal_jax.training.buckets import (
     padding_fraction,
 )
 from deltal_jax.training.collect import Collected
+from deltal_jax.training.loss import Meters
 from deltal_jax.training.meters import LiveMeters
 from deltal_jax.training.objective import Weighted, first_exponent, minibatch_ids, reject, weigh
 from deltal_jax.training.optimizer import learning_rate
 from deltal_jax.training.setup import Setup
-from deltal_jax.training.step import Meters, Update, UpdateReport
+from deltal_jax.training.step import Update, UpdateReport
 from deltal_jax.types import Bucket, Rollout, TrainState
 
 Transform = Callable[[Weighted], Weighted]

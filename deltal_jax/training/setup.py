@@ -40,9 +40,10 @@ from deltal_jax.tasks.catalog import make_task
 from deltal_jax.tasks.files import load_rewards
 from deltal_jax.training.describe import sampling_parts
 from deltal_jax.training.devices import make_sampling_mesh, make_training_mesh
+from deltal_jax.training.loss import SUPERVISED
 from deltal_jax.training.objective import loss_config, make_loss
 from deltal_jax.training.optimizer import make_optimizer, optimizer_meter
-from deltal_jax.training.step import SUPERVISED, Update
+from deltal_jax.training.step import Update
 from deltal_jax.types import Prompts
 
 #: Beside a run's tokenizer, where it has adapters.
