@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from deltal_jax.laboratory.moments import t_quantile
+from deltal_jax.analysis.paired import t_quantile
 from deltal_jax.objective.aggregation import (
     balanced,
     constant_length,
@@ -272,7 +272,7 @@ def _with_interval(
     found[name] = value = float(values[0])
     if np.isfinite(values).all() and not (logarithm and (values <= 0).any()):
         scale = np.log(values) if logarithm else values
-        half = t_quantile(len(values) - 2) * jackknife_error(scale)
+        half = t_quantile(0.975, len(values) - 2) * jackknife_error(scale)
         low, high = (scale[0] - half, scale[0] + half)
         found[f"{name}_low"] = float(np.exp(low) if logarithm else low) if half else value
         found[f"{name}_high"] = float(np.exp(high) if logarithm else high) if half else value

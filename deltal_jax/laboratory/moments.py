@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from deltal_jax.analysis.paired import t_quantile
+
 #: Resamples of an interval.
 RESAMPLES = 1000
 #: Where β is looked for, and how often the range is halved.
@@ -113,25 +115,10 @@ def fit_power(
     low = high = math.nan
     known = betas[1:][np.isfinite(betas[1:])]
     if count > 2 and len(known) > 0.9 * resamples:
-        outer = NormalDist().cdf(-math.sqrt(count / (count - 1)) * t_quantile(count - 1))
+        outer = NormalDist().cdf(-math.sqrt(count / (count - 1)) * t_quantile(0.975, count - 1))
         low, high = (float(x) for x in np.quantile(known, [outer, 1 - outer]))
     r2 = _r2(excess[0], *(np.add.reduceat(x, starts) for x in (scale * powers, numbers[0])))
     return Power(beta, low, high, scale, r2)
-
-
-def t_quantile(freedom: float) -> float:
-    """The 97.5 % quantile of Student's t; off by under 2 % for 3 degrees of freedom and more.
-
-    Abramowitz & Stegun 1964, 26.7.5.
-    """
-    z = NormalDist().inv_cdf(0.975)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return sum(term / freedom**i for i, term in enumerate(terms))
 
 
 def _cross(
