@@ -55,13 +55,13 @@ def config(**objective):
 def uncompiled(monkeypatch):
     """`weigh` operation by operation: a program for each of so many configs would take minutes."""
 
-    plain = module._weigh.__wrapped__
+    plain = module.weigh_arrays.__wrapped__
 
     def weigh(*arrays, **options):
         arrays = (None if array is None else jnp.asarray(array) for array in arrays)
         return plain(*arrays, **options)
 
-    monkeypatch.setattr(module, "_weigh", weigh)
+    monkeypatch.setattr(module, "weigh_arrays", weigh)
 
 
 @pytest.fixture(scope="module")

@@ -47,19 +47,23 @@ Show = Callable[[int, dict[str, float]], None]
 def fingerprint(setup: Setup, cell: Cell, warmup: str) -> str:
     """A hash of all that decides a cell's result; `warmup` is the identity of what it starts
     from."""
-    decides = {
-        name: value
-        for name, value in chosen(cell.config).items()
-        if not name.startswith(IDLE) and name not in PLACES
-    }
     facts = {
         "format": FORMAT,
-        "config": decides,
+        "config": decides(cell.config),
         "permuted": cell.method.permuted,
         "data": data_fingerprint(setup.task),
         "warmup": warmup,
     }
     return digest(facts)
+
+
+def decides(config: Config) -> dict[str, Any]:
+    """The fields that decide a result, where they are not at their default."""
+    return {
+        name: value
+        for name, value in chosen(config).items()
+        if not name.startswith(IDLE) and name not in PLACES
+    }
 
 
 def run_cell(setup: Setup, cell: Cell, start: Any, known: str, show: Show) -> dict[str, Any]:
@@ -191,8 +195,8 @@ def _short(value: float) -> float | None:
     return finite(float(f"{value:.{DIGITS}g}"))
 
 
-def save_cell(path: Path, content: dict[str, Any]) -> None:
-    """Write a cell's file, a line for each of its parts, as a whole or not at all."""
+def save_result(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of results, a line for each of its parts, as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"{json.dumps(name)}: {json.dumps(part)}" for name, part in content.items()]
     write_text(path, "{" + ",\n ".join(lines) + "}\n")

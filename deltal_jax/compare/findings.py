@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from deltal_jax.compare.endpoints import (
     outcome_curves,
     outcomes,
 )
+from deltal_jax.compare.exponents import exponents
 from deltal_jax.compare.pairs import ALPHA, POWER, Cells, compare, judge
 from deltal_jax.compare.sentences import markdown, summary
 from deltal_jax.errors import UserError
@@ -41,7 +42,7 @@ def write_findings(folder: Path) -> str:
     """
     from deltal_jax.compare.plots import draw_plots
 
-    found = find(load_cells(folder), load_plan(folder))
+    found = find(load_cells(folder), load_plan(folder), load_frozen(folder))
     text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "findings.json").write_text(text + "\n", encoding="utf-8")
     plots = draw_plots(found, folder / "plots")
@@ -87,8 +88,28 @@ def load_cells(folder: Path) -> dict[str, Cells]:
     return found
 
 
-def find(cells: Mapping[str, Cells], plan: dict[str, Any]) -> dict[str, Any]:
-    """All figures of a comparison as plain JSON, for `plan` as `load_plan` gives it.
+def load_frozen(folder: Path) -> list[dict[str, Any]]:
+    """The measurements at warm-ups that are there, in their order.
+
+    Raises UserError for a file that is none of this format.
+    """
+    found = {}
+    for path in folder.glob("frozen/warmup-*.json"):
+        try:
+            one = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read; delete it and run it again") from error
+        if not isinstance(one, dict) or one.get("format") != FORMAT:
+            raise UserError(f"{path}: no measurement of format {FORMAT}; delete it")
+        found[one["warmup"]] = one
+    return [found[number] for number in sorted(found)]
+
+
+def find(
+    cells: Mapping[str, Cells], plan: dict[str, Any], frozen: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """All figures of a comparison as plain JSON, for `plan` as `load_plan` gives it, with what
+    `load_frozen` found.
 
     The horizon of the areas is where the first of the methods' cells ends. Raises UserError where
     no method has a cell, or cells are evaluated on different problems.
@@ -129,6 +150,12 @@ def find(cells: Mapping[str, Cells], plan: dict[str, Any]) -> dict[str, Any]:
             "shortest": _shortest(present),
             "methods": {name: _method(some, spans) for name, some in present.items()},
             "comparisons": against,
+            "frozen": [_frozen(one, plan) for one in frozen if plan.get("frozen")],
+            "exponents": {
+                name: one
+                for name, some in present.items()
+                if (one := exponents(list(some.values()))) is not None
+            },
             "directions": shared,
             "controls": shown,
             "control_outcomes": {
@@ -209,6 +236,15 @@ def _method(some: Cells, spans: dict[str, tuple[float, float]]) -> dict[str, Any
         "accuracy_curve": accuracy_curve(runs, spans),
         "outcome_curves": outcome_curves(runs),
     }
+
+
+def _frozen(one: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """Of a measurement at a warm-up what the page says."""
+    sizes = {key: one[key] for key in ("warmup", "groups", "responses", "batch_groups")}
+    fits = {name: None if x is None else x["fit"] for name, x in one["gradients"].items()}
+    rows = {row["name"]: row for row in one["methods"]}
+    methods = [rows[name] for name in plan["methods"] if name in rows]
+    return sizes | {"beta": fits, "methods": methods}
 
 
 def _plain(value: Any) -> Any:

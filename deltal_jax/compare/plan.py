@@ -14,10 +14,11 @@ import yaml
 from deltal_jax.config import Config, describe_fields, find_config, load_config, read_tree
 from deltal_jax.config.files import METHODS
 from deltal_jax.errors import UserError
+from deltal_jax.laboratory.measure import FEWEST, FEWEST_GROUPS
 from deltal_jax.objective.names import unknown_name
 
 #: What a plan says, and what a method says where it says more than fields of the config.
-KEYS = ("experiment", "set", "seeds", "warmups", "reference", METHODS, "controls")
+KEYS = ("experiment", "set", "seeds", "warmups", "reference", METHODS, "controls", "frozen")
 METHOD_KEYS = ("set", "weights", "seeds", "of", "kind", "expect")
 #: Sections that a method may set; a dot at the end means all below.
 FREE = ("objective.", "rl.", "rollout.", "task.overlong_buffer", "task.overlong_factor")
@@ -79,12 +80,18 @@ class Plan:
     reference: str
     #: Methods, then controls, as the file has them.
     methods: tuple[Method, ...]
+    #: Prompts that the laboratory measures the methods on, at each warm-up; None: it does not.
+    frozen: int | None = None
 
     def config(self, method: Method | None = None) -> Config:
         """The resolved config of a method's cells, or without one what all cells share; with the
         experiment's own seed."""
         over = {} if method is None else method.overrides
         return load_config(self.experiment, {**self.overrides, **over})
+
+    def method(self, name: str) -> Method:
+        """The method or control of this name, which is one of them."""
+        return next(method for method in self.methods if method.name == name)
 
     def cells(self) -> list[Cell]:
         """In the order in which they are run: every method with its first seed, then with its
@@ -116,6 +123,8 @@ class Plan:
             METHODS: {m.name: self._dumped(m) for m in self.methods if not m.control},
             "controls": {m.name: self._dumped(m) for m in self.methods if m.control},
         }
+        if self.frozen is not None:
+            tree["frozen"] = {"groups": self.frozen}
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
     def _dumped(self, method: Method) -> dict[str, Any]:
@@ -178,9 +187,11 @@ def load_plan(name: str | Path, overrides: dict[str, Any] | None = None) -> Plan
         _warmups(tree.get("warmups"), config),
         reference,
         methods,
+        _frozen(tree.get("frozen")),
     )
     for method in methods:
         _check_method(plan, method, config)
+    _check_frozen(plan)
     return plan
 
 
@@ -274,6 +285,26 @@ def _warmups(value: Any, config: Config) -> int | tuple[str, ...]:
         why = "sft.steps asks for one" if config.sft.steps else "a new model needs one"
         raise UserError(f"warmups: {why}; set it to 1 or more")
     return value
+
+
+def _frozen(value: Any) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or set(value) != {"groups"} or type(value["groups"]) is not int:
+        raise UserError(f"frozen: expected {{groups: N}}, or null, got {value!r}")
+    return value["groups"]
+
+
+def _check_frozen(plan: Plan) -> None:
+    """Raises UserError for too few groups for what the laboratory measures."""
+    rl = plan.config(plan.method(plan.reference)).rl
+    least = max(FEWEST_GROUPS, 2 * rl.prompts_per_step, -(-FEWEST // rl.samples_per_prompt))
+    if plan.frozen is not None and plan.frozen < least:
+        raise UserError(
+            f"frozen.groups: {plan.frozen} are fewer than {least}, what two batches of "
+            f"rl.prompts_per_step={rl.prompts_per_step} and the fits need; raise it, or set "
+            "frozen=null"
+        )
 
 
 def _check_method(plan: Plan, method: Method, shared: Config) -> None:

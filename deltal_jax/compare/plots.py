@@ -25,12 +25,19 @@ PANELS = {
     "length_wrong": "length of wrong answers, tokens",
     "truncated_frac": "share of truncated responses",
 }
+FROZEN_PANELS = {
+    "cv": "CV of a batch's gradient",
+    "true_cosine": "cosine with the true gradient",
+    "relative_variance": "variance, of ΔL α=1 it is 1",
+}
 
 
 def draw_plots(found: Found, folder: Path) -> list[Path]:
     """Write the plots into a folder, each under 100 kB, and return their paths."""
     folder.mkdir(exist_ok=True)
     drawn = {"areas": _areas, "accuracy": _accuracy, "outcomes": _outcomes}
+    if found["frozen"]:
+        drawn["frozen"] = _frozen
     return [_save(folder / f"{name}.svg", draw, found) for name, draw in drawn.items()]
 
 
@@ -87,7 +94,7 @@ def _areas(found: Found) -> "Figure":
     return figure
 
 
-def _whisker(axes: Any, row: int, one: Found, key: str, colour: str) -> None:
+def _whisker(axes: Any, row: float, one: Found, key: str, colour: str) -> None:
     if one["low"] is not None:
         axes.plot([one["low"], one["high"]], [row, row], color=colour, linewidth=1.5)
     axes.plot([one[key]], [row], "o", color=colour, markersize=4)
@@ -136,6 +143,29 @@ def _outcomes(found: Found) -> "Figure":
         panel.set_xlabel("step")
         if outcome.endswith("_frac"):
             panel.set_ylim(0, max(panel.get_ylim()[1], 0.05))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
+    return figure
+
+
+def _frozen(found: Found) -> "Figure":
+    """CV, cosine and variance of the methods at each warm-up, with their intervals."""
+    names = list(found["plan"]["methods"])
+    figure = _figure(9.5, 1.4 + 0.32 * len(names))
+    panels = figure.subplots(1, len(FROZEN_PANELS), sharey=True)
+    for panel, (key, label) in zip(panels, FROZEN_PANELS.items(), strict=True):
+        for number, one in enumerate(found["frozen"]):
+            colour = COLOURS[1 + number % 6]
+            for row in one["methods"]:
+                if row.get(key) is None:
+                    continue
+                at = names.index(row["name"]) + 0.2 * (number - (len(found["frozen"]) - 1) / 2)
+                ends = {end: row[f"{key}_{end}"] for end in ("low", "high")}
+                _whisker(panel, at, {"value": row[key], **ends}, "value", colour)
+            panel.plot([], [], "o-", color=colour, markersize=4, label=f"warm-up {one['warmup']}")
+        panel.set_xlabel(label)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
     return figure

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from deltal_jax.backend import enable_compile_cache
-from deltal_jax.compare.cells import evaluates, fingerprint, run_cell, save_cell
+from deltal_jax.compare.cells import evaluates, fingerprint, run_cell, save_result
+from deltal_jax.compare.frozen import (
+    FROZEN,
+    frozen_fingerprint,
+    frozen_path,
+    measure_frozen,
+)
 from deltal_jax.compare.plan import Cell, Plan
 from deltal_jax.compare.warmups import check_warmup, identity, load_warmup, make_warmup
 from deltal_jax.errors import UserError
@@ -66,6 +72,12 @@ class Comparison:
         self._fingerprints = {
             cell.name: fingerprint(self.setup, cell, self._identities[cell.warmup])
             for cell in self.cells
+        }
+        #: Of the measurement at each warm-up; none where the plan asks for none.
+        self._frozen = {
+            number: frozen_fingerprint(self.setup, plan, self._identities[number])
+            for number in sorted({cell.warmup for cell in self.cells})
+            if plan.frozen is not None
         }
         self._starts: dict[int, Any] = {}
         for number in self._made():
@@ -131,6 +143,7 @@ class Comparison:
             * looks
             * k
             * len(self.setup.task.held_out(problems)),
+            "measurements at warm-ups": len(self._unmeasured()),
             "warm-ups to make": len(made),
             "warm-up steps": len(made) * shared.sft.steps,
         }
@@ -165,6 +178,7 @@ class Comparison:
                 if self.path(cell).is_file():  # made meanwhile
                     continue
                 start = self._start(cell.warmup)
+                self._measure(cell.warmup)
                 began = began or time.perf_counter()
                 self._make(cell, start)
             made += 1
@@ -174,6 +188,8 @@ class Comparison:
                 f"    {len(self.cells) - left}/{len(self.cells)} cells done"
                 + (f", about {_spoken(rate * left)} left" if left else "")
             )
+        for number in {cell.warmup: None for cell in self.cells} if limit is None else ():
+            self._measure(number)
         return elsewhere
 
     def _make(self, cell: Cell, start: Any) -> None:
@@ -191,7 +207,7 @@ class Comparison:
         with phase("start-up", f"cell {cell.name}"):
             content = run_cell(self.setup, cell, start, known, show)
         self.display.stop()
-        save_cell(self.path(cell), content)
+        save_result(self.path(cell), content)
         first, last = content["evaluations"][0], content["evaluations"][-1]
         self.display.say(
             f"{cell.method.name}  seed {cell.seed}  Avg@{content['k']} {first['avg_at_k']:.3f} → "
@@ -226,6 +242,33 @@ class Comparison:
             f"warm-up {number} of {self.plan.warmups}: {time.perf_counter() - began:.0f} s "
             f"({time.process_time() - cpu:.0f} CPU s)"
         )
+
+    def _measure(self, number: int) -> None:
+        """The plan's methods at a warm-up, where the plan asks for it and it is not there."""
+        if number not in self._unmeasured():
+            return
+        with self._claimed(f"{FROZEN}-{number}") as claimed:
+            if claimed is None or number not in self._unmeasured():  # another process does, or did
+                return
+            began, cpu = time.perf_counter(), time.process_time()
+            start, known = self._start(number), self._frozen[number]
+            with phase("start-up", f"measurement of warm-up {number}"):
+                found = measure_frozen(self.setup, self.plan, number, start, known)
+            save_result(frozen_path(self.folder, number), found)
+            self.display.say(
+                f"warm-up {number}, frozen: {found['groups']} prompts measured, "
+                f"{time.perf_counter() - began:.0f} s ({time.process_time() - cpu:.0f} CPU s)"
+            )
+
+    def _unmeasured(self) -> list[int]:
+        """The warm-ups whose measurement the plan asks for and that are not there, or are of other
+        methods: these are measured anew."""
+        return [
+            number
+            for number, known in self._frozen.items()
+            if not (path := frozen_path(self.folder, number)).is_file()
+            or load_json(path, "delete it").get("fingerprint") != known
+        ]
 
     def _made(self) -> range:
         """The numbers of the warm-ups that are made here."""

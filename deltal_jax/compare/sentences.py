@@ -26,6 +26,17 @@ LABELS = {
 }
 
 
+#: What a frozen checkpoint tells of a method.
+MEASURED = {
+    "cv": "CV",
+    "bias_cosine": "bias cosine",
+    "cosine": "cosine, disjoint",
+    "true_cosine": "true cosine",
+    "relative_variance": "relative variance",
+}
+FROZEN_PLOT = "plots/frozen.svg"
+
+
 def summary(found: Found) -> str:
     """The text to print: the primary endpoint, its verdicts, the controls."""
     parts = [_head(found), _primary_table(found), _verdicts(found)]
@@ -42,7 +53,8 @@ def markdown(found: Found, plots: Sequence[str]) -> str:
         "## Primary endpoint",
         _primary_table(found),
         _verdicts(found),
-        *(f"![{plot}]({plot})" for plot in plots),
+        *(f"![{plot}]({plot})" for plot in plots if plot != FROZEN_PLOT),
+        *_frozen(found, plots),
         "## Methods that share a direction",
         _directions(found),
         "## Other endpoints",
@@ -50,6 +62,8 @@ def markdown(found: Found, plots: Sequence[str]) -> str:
         "## Outcomes",
         _outcomes(found),
     ]
+    if found["exponents"]:
+        parts += ["## Exponents", _exponents(found)]
     if controls := _controls(found):
         parts += ["## Controls", controls]
     return "\n\n".join([*parts, "## How", _how(found)]) + "\n"
@@ -195,6 +209,74 @@ def _outcomes(found: Found) -> str:
         rows.append([name, *cells, *totals])
     note = "Means over runs, of the first and of the last tenth of the steps; lengths in tokens."
     return f"{note}\n\n{_table(head, rows)}"
+
+
+def _frozen(found: Found, plots: Sequence[str]) -> list[str]:
+    """What the methods' gradients are at the checkpoints that all cells start from."""
+    if not found["frozen"]:
+        return []
+    lines, rows = [], []
+    for one in found["frozen"]:
+        betas = [f"of the {name} gradient {_beta(fit)}" for name, fit in one["beta"].items()]
+        lines.append(
+            f"- Warm-up {one['warmup']}: β of Var ∝ L^β {', '.join(betas)}; {one['groups']}"
+            f" prompts, {one['responses']} responses, batches of {one['batch_groups']} prompts."
+        )
+        rows += [[str(one["warmup"]), row["name"], *_measured(row)] for row in one["methods"]]
+    note = (
+        "The same responses for all methods of a warm-up, so nothing here is of diverging paths;"
+        " 95 % intervals leave out one prompt after the other. CV: noise to signal of one batch's"
+        " gradient. Bias cosine: of its mean with the unweighted mean gradient of the same"
+        " advantages; an estimate may exceed 1 by its error. Cosine, disjoint: of one batch with"
+        " all prompts not in it; true cosine: with the true unweighted gradient. Relative variance:"
+        " against ΔL α=1. Not resolvable: a mean is under the noise. An exponent that adapts has no"
+        " value at a checkpoint: its row is 1/Var with the β fitted to these responses."
+    )
+    shown = [f"![{plot}]({plot})" for plot in plots if plot == FROZEN_PLOT]
+    table = _table(["warm-up", "method", "measured as", *MEASURED.values()], rows)
+    return ["## Frozen checkpoints", "\n".join(lines), table, note, *shown]
+
+
+def _measured(row: Found) -> list[str]:
+    if "reason" in row:
+        return [f"not measured: {row['reason']}", *[""] * len(MEASURED)]
+    return [row["row"], *(_figure(row, key) for key in MEASURED)]
+
+
+def _figure(row: Found, key: str) -> str:
+    if row[key] is None:
+        return "not resolvable"
+    ends = {end: row.get(f"{key}_{end}") for end in ("low", "high")}
+    return _interval({"value": row[key], **ends}, "value", "")
+
+
+def _beta(fit: Found | None) -> str:
+    return "unknown" if fit is None else _interval(fit, "beta", "")
+
+
+def _exponents(found: Found) -> str:
+    rows = []
+    for name, one in found["exponents"].items():
+        beta, alpha = one["beta"], one["alpha"]
+        rows.append(
+            [
+                name,
+                "–" if beta is None else f"{beta['mean']:.2f} ({_range(beta)})",
+                "–"
+                if alpha is None
+                else f"{alpha['first']:.2f} → {alpha['mean']:.2f} ({_range(alpha)})",
+            ]
+        )
+    note = (
+        "β̂ as training measured it, and the exponent that was used: the first, then the mean of"
+        " the last 10 steps, with the range over runs. Along each method's own path, so no"
+        " comparison."
+    )
+    return f"{note}\n\n{_table(['method', 'β̂', 'exponent'], rows)}"
+
+
+def _range(one: Found) -> str:
+    return f"{one['least']:.2f} – {one['most']:.2f}"
 
 
 def _controls(found: Found) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 
 from deltal_jax.analysis.paired import t_quantile
 from deltal_jax.objective.aggregation import (
@@ -125,9 +125,16 @@ def batch_weights(pool: Pool, batches: Batches, weigh: Weigh) -> Float[np.ndarra
     of_batch = jax.vmap(lambda lengths, adv, kept: weigh(lengths, adv, ids, kept))
     given = (jnp.asarray(x[rows]) for x in (pool.lengths, pool.advantages, pool.kept))
     found = np.asarray(of_batch(*given), float)
-    weights = np.zeros((len(rows), len(pool.lengths)))
-    np.put_along_axis(weights, rows, found, axis=1)
-    return weights / (found.sum(1).mean() or 1.0)
+    return scatter(found, rows, len(pool.lengths)) / (found.sum(1).mean() or 1.0)
+
+
+def scatter(
+    values: Float[np.ndarray, "M B"], rows: Int[np.ndarray, "M B"], count: int
+) -> Float[np.ndarray, "M N"]:
+    """Values of the responses of each batch, 0 for the others of the pool."""
+    found = np.zeros((len(rows), count))
+    np.put_along_axis(found, rows, values, axis=1)
+    return found
 
 
 def compare(
@@ -135,7 +142,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """The figures of every aggregation, of batches of `size` groups."""
     batches = draw_batches(pool.groups, size)
-    named = methods(beta)
+    rows, named = batches.rows(pool.samples), methods(beta)
     weights = {m.name: batch_weights(pool, batches, m.weigh) for m in named}
     pairs = {
         name: Pairs.of([gram], [own], [weights[UNWEIGHTED]], batches, pool.groups)
@@ -145,7 +152,7 @@ def compare(
     for method in named:
         row = {"name": method.name, "aggregation": method.aggregation, "alpha": method.alpha}
         row |= figures(pairs, method.name, UNWEIGHTED, REFERENCE)
-        row["cosine"] = _batch_cosine(gram, pool, batches, weights[method.name])
+        row["cosine"] = batch_cosine(gram, rows, weights[method.name], pool.kept)
         found.append(row)
     return found
 
@@ -279,12 +286,15 @@ def _with_interval(
     return found
 
 
-def _batch_cosine(
-    gram: np.ndarray, pool: Pool, batches: Batches, weights: np.ndarray
+def batch_cosine(
+    gram: Float[np.ndarray, "N N"],
+    rows: Int[np.ndarray, "M B"],
+    weights: Float[np.ndarray, "M N"],
+    unweighted: Num[np.ndarray, " N"] | Bool[np.ndarray, " N"],
 ) -> float | None:
     """The mean cosine of a batch's gradient with the unweighted one of all groups not in it."""
-    target = np.broadcast_to(pool.kept.astype(float), weights.shape).copy()
-    np.put_along_axis(target, batches.rows(pool.samples), 0.0, axis=1)
+    target = np.broadcast_to(unweighted.astype(float), weights.shape).copy()
+    np.put_along_axis(target, rows, 0.0, axis=1)
     own, theirs = weights @ gram, target @ gram
     square = (own * weights).sum(1) * (theirs * target).sum(1)
     good = square > 0

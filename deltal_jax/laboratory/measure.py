@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from deltal_jax.config import Config
 from deltal_jax.errors import UserError
 from deltal_jax.laboratory.aggregations import Pool, compare
+from deltal_jax.laboratory.configured import compare_configs
 from deltal_jax.laboratory.exponents import compare_exponents
 from deltal_jax.laboratory.gradients import KINDS, OUTSIDE, Block, Grams, measure_gradients
 from deltal_jax.laboratory.moments import Power, bin_moments, fit_power, length_bins
@@ -30,8 +32,8 @@ STREAM = 0x76617269
 GROUPS = 32
 #: Resamples of a layer's, a kind's or a block's interval.
 PART_RESAMPLES = 300
-#: Fewer responses are not fitted.
-FEWEST = 16
+#: Fewer responses are not fitted, and fewer groups not measured.
+FEWEST, FEWEST_GROUPS = 16, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Settings:
     subsets: bool = False
     #: Dimension of each block's random projection; None: exact where memory allows.
     project: int | None = None
+    #: Whether layers and kinds with an exponent of their own are tried.
+    exponents: bool = True
 
 
 def measure(
@@ -59,13 +63,14 @@ def measure(
     settings: Settings | None = None,
     engine: RolloutEngine | None = None,
     rewards: Sequence[Reward | str] | None = None,
+    configs: Mapping[str, Config] | None = None,
 ) -> dict[str, Any]:
     """Everything that the laboratory says of these parameters, as plain JSON.
 
     `start` is the position in the stream of training problems where fresh prompts begin, and `key`
     the run's; the same arguments give the same figures. `engine` samples, by default one in this
-    process, and `rewards` grade, by default those that the config names. Raises UserError for too
-    few groups, or responses.
+    process, and `rewards` grade, by default those that the config names. `configs` are measured on
+    the same responses, as `methods`. Raises UserError for too few groups, or responses.
     """
     settings = settings or Settings()
     groups = _groups(setup, settings)
@@ -78,9 +83,9 @@ def measure(
     kept &= True if overlong is None else overlong
     lengths, truncated = batch.rollout.response_lengths, batch.rollout.truncated
     size = setup.config.rl.prompts_per_step
-    look = functools.partial(_describe, grams, lengths, advantages, groups, size, settings.bins)
-    chosen = kept & (lengths >= settings.min_length)
-    chosen &= ~(truncated & settings.drop_truncated)
+    look = functools.partial(_describe, grams, lengths, advantages, groups, size, settings)
+    counted = (lengths >= settings.min_length) & ~(truncated & settings.drop_truncated)
+    chosen = kept & counted
     if chosen.sum() < FEWEST:
         raise UserError(
             f"--min-length: {chosen.sum()} of {len(chosen)} responses are left, and {FEWEST} are "
@@ -103,6 +108,10 @@ def measure(
     }
     if settings.subsets:
         result["subsets"] = _subsets(look, kept, lengths, truncated, settings)
+    if configs is not None:
+        fit = (result["gradients"]["advantage"] or {}).get("fit")
+        beta, score = fit and fit["beta"], _total(grams.score)
+        result["methods"] = compare_configs(score, batch, configs, setup.config, counted, beta)
     return result
 
 
@@ -139,9 +148,9 @@ def _groups(setup: Setup, settings: Settings) -> int:
     rl = setup.config.rl
     if settings.groups is None:
         return max(GROUPS, 2 * rl.prompts_per_step)
-    if settings.groups < max(8, 2 * rl.prompts_per_step):
+    if settings.groups < max(FEWEST_GROUPS, 2 * rl.prompts_per_step):
         raise UserError(
-            f"--groups: {settings.groups} are fewer than 8, or than two batches of "
+            f"--groups: {settings.groups} are fewer than {FEWEST_GROUPS}, or than two batches of "
             f"rl.prompts_per_step={rl.prompts_per_step}; raise it, or lower rl.prompts_per_step"
         )
     return settings.groups
@@ -176,13 +185,13 @@ def _describe(
     advantages: np.ndarray,
     groups: int,
     size: int,
-    bins: int,
+    settings: Settings,
     kept: np.ndarray,
     *,
     parts: bool,
 ) -> dict[str, Any]:
     """The figures of the responses that are kept; `parts` adds those of layers and kinds."""
-    moments = functools.partial(_moments, lengths, groups, bins, kept, parts=parts)
+    moments = functools.partial(_moments, lengths, groups, settings.bins, kept, parts=parts)
     found: dict[str, Any] = {"score": moments(grams.score), "advantage": None}
     said: dict[str, Any] = {"gradients": found}
     if not np.any(advantages[kept]):
@@ -194,7 +203,10 @@ def _describe(
     beta = None if fit is None else fit["beta"]
     said["aggregations"] = compare(_total(grams.loss), pool, size, beta)
     if parts:
-        said["exponents"] = compare_exponents(grams.loss, pool, size, bins)
+        tried = settings.exponents
+        said["exponents"] = (
+            compare_exponents(grams.loss, pool, size, settings.bins) if tried else None
+        )
     return said
 
 

@@ -112,7 +112,7 @@ def weigh(
         raise UserError("objective.advantage: max_rl takes no negative rewards; choose another")
     kept = not_overlong(config, rollout)
     minibatches = minibatch_ids(config, rollout)
-    advantages, *all_weights, meters = _weigh(
+    advantages, *all_weights, meters = weigh_arrays(
         rewards,
         rollout.response_lengths,
         rollout.group_ids,
@@ -151,7 +151,7 @@ def not_overlong(config: Config, rollout: Rollout) -> np.ndarray | None:
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "normalizer"))
-def _weigh(
+def weigh_arrays(
     rewards: jax.Array,
     lengths: jax.Array,
     group_ids: jax.Array,
@@ -163,8 +163,9 @@ def _weigh(
     objective: ObjectiveConfig,
     normalizer: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, dict[str, jax.Array]]:
-    """The two places where the method enters, side by side. The exponent is no part of `objective`:
-    one that changes compiles nothing anew."""
+    """The two places where the method enters, side by side: advantages, weights, auxiliary weights,
+    those of `constant_length`, each [B], and meters. The exponent is no part of `objective`: one
+    that changes compiles nothing anew."""
     known = ~jnp.isnan(rewards)
     given = {"lengths": lengths} if objective.advantage == "length_weighted_baseline" else {}
     advantages = ADVANTAGES[objective.advantage](rewards, group_ids=group_ids, **given)
