@@ -117,6 +117,8 @@ def test_a_plan_is_no_experiment_and_an_experiment_no_plan(write):
     path = write(PLAN)
     with pytest.raises(UserError, match=f"^config: {path} is a plan; run it with `deltal compare"):
         load_config(path)
+    with pytest.raises(UserError, match=r"^config: \S*compare-study-chain.yaml is a plan; run it"):
+        load_config("compare-study-chain")
     with pytest.raises(UserError, match=r"^methods: \S*countdown-tiny.yaml names none; `deltal tr"):
         load_plan("countdown-tiny")
 

@@ -1,6 +1,7 @@
 """Config files and overrides: what is read, what is not, and what is written back."""
 
 import dataclasses
+import types
 import typing
 from pathlib import Path
 
@@ -330,6 +331,8 @@ def values(hint: type, field: dataclasses.Field) -> st.SearchStrategy:
         return st.sampled_from(args)
     if type(None) in args:
         return st.none() | values(next(a for a in args if a is not type(None)), field)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return st.one_of(*(values(arg, field) for arg in args))
     if args and typing.get_origin(args[0]) is typing.Literal:
         choices = st.sampled_from(typing.get_args(args[0]))
         return st.lists(choices, min_size=1, max_size=4).map(tuple)

@@ -153,6 +153,15 @@ def test_parallel_coefficients_are_one_direction(found):
     assert cosines["delta-l", "good"] == pytest.approx(np.mean(by_hand), rel=1e-5)
 
 
+def test_an_exponent_that_moves_shares_no_direction(quick):
+    cells = cells_of({"delta-l": 0.0, "grpo": 0.0})
+    for cell in cells["grpo"].values():
+        cell["train"]["aggregation/alpha"] = [1.0] * 8 + [1.25] * 12
+    found = find(cells, make_plan({"delta-l": {}, "grpo": {}}, SEEDS))
+    assert found["directions"]["groups"] == []
+    assert found["directions"]["coefficient_cosines"][0]["cosine"] == pytest.approx(1)
+
+
 def test_a_win_in_the_same_direction_says_so(quick):
     cells = cells_of({"delta-l": 0.0, "grpo": 0.3})
     found = find(cells, make_plan({"delta-l": {}, "grpo": {}}, SEEDS))

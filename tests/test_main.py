@@ -232,6 +232,7 @@ def test_the_effective_formula_names_method_scope_and_constant(deltal, overrides
 def test_configs_lists_every_shipped_experiment_with_its_summary(deltal):
     names = [*shipped_configs(), *shipped_plans()]
     assert TINY in names and "paper/countdown-delta-l" in names
+    assert "compare-study-chain" in shipped_plans()  # by a file below it
     assert not [name for name in names if name.startswith("bases/")]
     code, out, err = deltal("configs")
     assert (code, err) == (0, "")

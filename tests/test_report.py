@@ -157,12 +157,14 @@ def variance_record(step: int) -> dict:
             for layer in (0, 1)
             for kind in kinds
         ]
+        heat.append({"layer": None, "kind": "head"} | fit(beta - 0.9))
         layers = {"0": fit(beta), "1": fit(beta + 0.1)}
         return {"bins": bins, "fit": fit(beta), "layers": layers, "kinds": kinds, "heat": heat}
 
     found = {"name": "ΔL α=1", "aggregation": "delta_l", "alpha": 1.0, "bias_cosine": None}
     gradients = {"score": gradient(1.0), "advantage": gradient(0.6)}
-    settings = {"run": "x", "step": step, "responses": 36, "groups": 9, "settings": {}}
+    settings = {"run": "x", "step": step, "responses": 36, "groups": 9, "counted": 35}
+    settings["settings"] = {"min_length": 5, "drop_truncated": True}
     other = {"variance": 0.25, "cv": 3.0, "cosine": 0.5}
     return settings | {"gradients": gradients, "aggregations": [found | other]}
 
@@ -487,9 +489,10 @@ def test_responses_that_were_trained_are_shown_with_what_became_of_them(page):
 def test_exponents_and_fits_are_those_of_the_newest_measurement(page):
     assert "score gradient: β 1.00 (0.90 to 1.10)" in page.text
     assert "advantage gradient: β 0.60 (0.50 to 0.70)" in page.text
-    assert re.findall("layer [01]|0.[67]0(?=0.[56]0 to)", page.text) == [
+    assert re.findall("layer [01]|outside|-?0.[367]0(?=-?0.[456]0 to)", page.text) == [
         *("layer 0", "0.60", "0.60"),
         *("layer 1", "0.70", "0.70"),
+        *("outside", "-0.30"),
     ]
     assert "ΔL α=1not resolvable30.250.5" in page.text
 

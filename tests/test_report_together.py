@@ -59,6 +59,12 @@ def test_several_runs_on_one_page(runs, tmp_path):
     assert report.write_page(runs, tmp_path / "again.html").read_bytes() == before
 
 
+def test_the_same_seed_twice_is_no_second_seed(runs, tmp_path):
+    again = seed_run(tmp_path / "again", 0, 1.0, [0.1, 0.4, 0.6])
+    page = Page(report.write_page([runs[0], again], tmp_path / "r.html"))
+    assert "2 runs" in page.text and "one curve" not in page.text and "seeds:" not in page.text
+
+
 def test_runs_that_differ_in_much_go_by_their_folders(tmp_path):
     for name in ("x", "y"):
         (tmp_path / name).mkdir()

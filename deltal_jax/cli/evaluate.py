@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "items",
         nargs="*",
+        default=[],  # or argparse says that they are required
         metavar="key.sub=value",
         help="such as evaluate.samples_per_problem=8 or evaluate.temperature=0",
     )

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "items",
         nargs="*",
+        default=[],  # or argparse says that they are required
         metavar="key.sub=value",
         help="how to compute it instead, such as model.compute_dtype=float32",
     )

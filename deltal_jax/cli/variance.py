@@ -1,5 +1,4 @@
-"""Measure how the gradients of a run's responses vary with length, and what aggregations make of
-them."""
+"""Measure how gradients of a run's responses vary with length, and what aggregations make of it."""
 
 import argparse
 import json
@@ -21,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument(
-        "items", nargs="*", metavar="key.sub=value", help="such as rl.prompts_per_step=8"
+        "items",
+        nargs="*",
+        default=[],  # or argparse says that they are required
+        metavar="key.sub=value",
+        help="such as rl.prompts_per_step=8",
     )
     add_step(parser)
     parser.add_argument(
@@ -29,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="P",
         help="prompts, each with rl.samples_per_prompt responses; more of them resolve more; "
-        "default: 32, or two batches if that is more",
+        "default: 64, or two batches if that is more",
     )
     parser.add_argument("--bins", type=int, default=6, metavar="N", help="of lengths; default: 6")
     parser.add_argument(

@@ -26,7 +26,7 @@ def directions(methods: dict[str, Cells]) -> dict[str, Any]:
 
     of the first batch, whose responses are the same for all methods of a seed; seeds where they are
     not, or where no response has an advantage, are left out, and None is of no seed. A group is
-    what cosines of at least 0.9999 connect.
+    what cosines of at least 0.9999 connect; a method whose exponent moves on the way is in none.
     """
     pairs = [
         {"methods": [a, b], "cosine": _cosine(methods[a], methods[b])}
@@ -34,8 +34,10 @@ def directions(methods: dict[str, Cells]) -> dict[str, Any]:
     ]
     groups = {name: {name} for name in methods}
     for pair in pairs:
+        a, b = pair["methods"]
+        if _moves(methods[a]) or _moves(methods[b]):
+            continue
         if pair["cosine"] is not None and pair["cosine"] >= SAME:
-            a, b = pair["methods"]
             joined = groups[a] | groups[b]
             groups |= dict.fromkeys(joined, joined)
     shared = [sorted(groups[name]) for name in methods if len(groups[name]) > 1]
@@ -45,6 +47,11 @@ def directions(methods: dict[str, Cells]) -> dict[str, Any]:
 def share_direction(found: dict[str, Any], a: str, b: str) -> bool:
     """Whether two methods are in one group of what `directions` found."""
     return any(a in group and b in group for group in found["groups"])
+
+
+def _moves(cells: Cells) -> bool:
+    """Whether a method's exponent is another one in later steps."""
+    return any(len(set(cell["train"].get("aggregation/alpha", ()))) > 1 for cell in cells.values())
 
 
 def _cosine(ours: Cells, theirs: Cells) -> float | None:

@@ -154,26 +154,27 @@ class Comparison:
         with signals.listening() as stop:
             stop.kept = self._kept
             try:
-                elsewhere = self._run(limit)
+                others = self._run(limit)
             finally:
                 self.display.stop()
                 close(self.setup.task)
-        left = len(self.missing())
+        missing = self.missing()
+        left, elsewhere = len(missing), sum(cell in others for cell in missing)
         if left:
-            others = f", {elsewhere} of them with another process" if elsewhere else ""
-            self.display.say(f"{left} cells are left{others}; go on with: {self.command}")
+            there = f", {elsewhere} of them with another process" if elsewhere else ""
+            self.display.say(f"{left} cells are left{there}; go on with: {self.command}")
         return Progress(self.folder, len(self.cells), len(self.cells) - left, elsewhere)
 
-    def _run(self, limit: int | None) -> int:
-        """Returns how many cells other processes are at."""
-        made = elsewhere = 0
+    def _run(self, limit: int | None) -> list[Cell]:
+        """Returns the cells that other processes were at."""
+        made, others = 0, []
         began, before = 0.0, len(self.missing())
         for cell in self.missing():
             if limit is not None and made >= limit:
                 break
             with self._claimed(cell.name) as claimed:
                 if claimed is None:
-                    elsewhere += 1
+                    others.append(cell)
                     continue
                 if self.path(cell).is_file():  # made meanwhile
                     continue
@@ -190,7 +191,7 @@ class Comparison:
             )
         for number in {cell.warmup: None for cell in self.cells} if limit is None else ():
             self._measure(number)
-        return elsewhere
+        return others
 
     def _make(self, cell: Cell, start: Any) -> None:
         """One cell, with a line about it."""

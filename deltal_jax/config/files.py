@@ -29,7 +29,7 @@ def load_config(
     overrides, `{"rl.steps": 10}`. Fields that are `gone` are left out of what the files say."""
     path, tree = find_config(str(name)), {}
     layers = _layers(path)
-    if METHODS in layers[path]:
+    if any(METHODS in layer for layer in layers.values()):
         raise UserError(f"config: {path} is a plan; run it with `deltal compare {path}`")
     for file, layer in layers.items():
         if len(layers) > 1:
@@ -161,8 +161,14 @@ def shipped_plans() -> dict[str, Path]:
 
 
 def _is_plan(path: Path) -> bool:
-    """Whether its text has the key at the top; a hundred files are not parsed for that."""
-    return re.search(rf"^{METHODS}:", path.read_text(encoding="utf-8"), re.MULTILINE) is not None
+    """Whether it, or a file below it, has the key at the top; a hundred files are not parsed for
+    that."""
+    text = path.read_text(encoding="utf-8")
+    if re.search(rf"^{METHODS}:", text, re.MULTILINE):
+        return True
+    below = re.search(rf"^{BASE}:(.*)", text, re.MULTILINE)
+    names = re.findall(r"[^\s,\[\]]+\.yaml", below[1]) if below else []
+    return any(_is_plan(path.parent / name) for name in names)
 
 
 def _shipped() -> dict[str, Path]:

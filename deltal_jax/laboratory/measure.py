@@ -29,7 +29,7 @@ from deltal_jax.training.setup import Setup, make_local_engine
 #: Keeps the laboratory's draws apart from those of training under the same root key.
 STREAM = 0x76617269
 #: Groups that are sampled, or two batches if that is more.
-GROUPS = 32
+GROUPS = 64
 #: Resamples of a layer's, a kind's or a block's interval.
 PART_RESAMPLES = 300
 #: Fewer responses are not fitted, and fewer groups not measured.

@@ -133,9 +133,18 @@ def variance_against_length(variance: Row) -> str:
         set_log_ticks(axes.yaxis, y.min(), y.max())
         label_axes(axes, "length, tokens", "variance of a response's gradient")
 
-    caption = f"Measured at step {variance.get('step')}, dashed the fits Var ∝ length^β. At β = 1 "
+    caption = f"Measured at step {_measured(variance)}; dashed the fits Var ∝ length^β. At β = 1 "
     caption += "the weights of ΔL with α = 1 have the least variance."
     return figure("Variance against length", caption, keys, draw)
+
+
+def _measured(variance: Row) -> str:
+    """At which step, and which responses count."""
+    settings, counted = variance.get("settings") or {}, variance.get("counted")
+    said = f"{variance.get('step')}" + (f", {counted} responses" if counted else "")
+    if settings.get("min_length", 1) > 1:
+        said += f" of at least {settings['min_length']} tokens"
+    return said + (", none of them truncated" if settings.get("drop_truncated") else "")
 
 
 def _gradients(variance: Row) -> dict[str, Row]:
@@ -168,7 +177,7 @@ def exponents_by_layer(variance: Row) -> str:
     kinds = [kind for kind in KINDS if kind in found] + sorted(found - set(KINDS))
     rows = []
     for layer in layers:
-        row = [text(layer if not layer.isdigit() else f"layer {layer}")]
+        row = [text(f"layer {layer}" if layer.isdigit() else "outside")]
         rows.append(row + [_heat_cell(cells.get((layer, kind))) for kind in kinds])
     what = f"β of Var ∝ length^β of the {name} gradient, with 95% intervals: blue above 1, orange "
     what += "below, the stronger the farther. One colour throughout: the layers behave alike."
@@ -181,7 +190,7 @@ def _heat_cell(cell: Row | None) -> str:
         return ""
     beta = float(cell["beta"])
     strength, hue = min(abs(beta - 1.0), 1.0) * 45, "c0" if beta > 1 else "c1"
-    ends = _interval(cell)[4:].strip(" ()")
+    ends = _interval(cell).partition(" ")[2].strip("()")
     colour = f"color-mix(in srgb,var(--{hue}) {strength:.0f}%,transparent)"
     return f'<div style="background:{colour}">{beta:.2f}<small>{ends}</small></div>'
 

@@ -129,12 +129,13 @@ def samples(run: RunData) -> str:
         rows = recorded[-1]["samples"]
         marks = [_sign(row.get("advantage")) for row in rows]
         out += f"<h2>Trained responses of step {text(recorded[-1].get('step'))}</h2>"
-        out += _responses(rows, marks, columns)
+        out += _responses(rows, marks, columns, len(recorded[-1].get("lengths") or rows))
     step, rows = run.samples
     if rows:
         columns = ("prompt", "response", "answer", "reward", "length")
         marks = [("right", "right") if row.get("correct") else ("wrong", "wrong") for row in rows]
-        out += f"<h2>Held-out samples at step {text(step)}</h2>{_responses(rows, marks, columns)}"
+        out += f"<h2>Held-out samples at step {text(step)}</h2>"
+        out += _responses(rows, marks, columns, len(rows))
     return out
 
 
@@ -145,7 +146,10 @@ def _sign(advantage: Any) -> tuple[str, str]:
     return ("right", "raised") if advantage > 0 else ("wrong", "lowered")
 
 
-def _responses(rows: list[Row], marks: list[tuple[str, str]], columns: tuple[str, ...]) -> str:
+def _responses(
+    rows: list[Row], marks: list[tuple[str, str]], columns: tuple[str, ...], of: int
+) -> str:
+    """A table of the first rows, which are the first of so many."""
     head = "".join(f"<th>{name}</th>" for name in ("", *columns))
     lines = []
     for row, (kind, words) in list(zip(rows, marks, strict=True))[:MAX_SAMPLES]:
@@ -160,7 +164,7 @@ def _responses(rows: list[Row], marks: list[tuple[str, str]], columns: tuple[str
         inner = f"<thead><tr>{head}</tr></thead><tbody>{''.join(some)}</tbody>"
         return f'<div class="scroll" tabindex="0"><table class="samples">{inner}</table></div>'
 
-    count, more = note(f"The first {len(lines)} of {len(rows)}."), lines[UNFOLDED:]
+    count, more = note(f"The first {len(lines)} of {of}."), lines[UNFOLDED:]
     folded = details(f"{len(more)} more", shown(more)) if more else ""
     return f"{count}{shown(lines[:UNFOLDED])}{folded}"
 

@@ -45,7 +45,11 @@ def page(runs: Sequence[RunData], body_of: Callable[[RunData], str]) -> tuple[st
     kinds: dict[str, list[RunData]] = {}
     for run in runs:
         own = {key: value for key, value in run.config.items() if not _free(key)}
-        kinds.setdefault(json.dumps(own, default=str) if own else str(run.folder), []).append(run)
+        name = json.dumps(own, default=str) if own else str(run.folder)
+        seed = run.config.get("seed")
+        if any(other.config.get("seed") == seed for other in kinds.get(name, [])):
+            name = str(run.folder)  # the same run twice says nothing of how seeds vary
+        kinds.setdefault(name, []).append(run)
     differing = differing_fields([members[0].config for members in kinds.values()])
     groups = [
         Group(_label(members[0], differing), at, members, merged_tables(members))
