@@ -178,8 +178,10 @@ def abstract_state(init: Callable[..., TrainState], *arguments: Any) -> TrainSta
 
 
 def tree_of(state: TrainState) -> dict[str, Any]:
-    """What of a state is saved."""
+    """What of a state is saved. `direction` only where there is one: format 1 is older."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    if state.direction is None:
+        del fields["direction"]
     return fields | {"params": trained(state.params)}
 
 
