@@ -17,7 +17,7 @@ from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.training.buckets import make_buckets
 from deltal_jax.training.describe import formula
 from deltal_jax.training.loss import SUPERVISED, Meters
-from deltal_jax.training.meters import CLASSES, WINDOW, LiveMeters, length_classes
+from deltal_jax.training.meters import CLASSES, WINDOW, LiveMeters, length_classes, moves
 from deltal_jax.training.optimizer import make_optimizer, optimizer_meter
 from deltal_jax.training.step import Update, UpdateReport
 from tests import fakes
@@ -124,15 +124,43 @@ def step_of(beta, seed, skipped=None):
 
 
 def test_the_cv_is_of_the_window_as_a_whole():
-    """Steps whose own mean is under the noise do not make it unknown, nor a lucky one small."""
-    live, spent = LiveMeters(load_config("countdown-tiny", {"meters.variance": True})), [0.0, 0.0]
-    for step, factor in enumerate([9.0, 0.5, 0.9, 5.0, 1.0]):
+    """Steps whose own mean is under the noise do not make it unknown; a mean that is not two
+    standard errors above 0 does."""
+    live, noise, signal = (
+        LiveMeters(load_config("countdown-tiny", {"meters.variance": True})),
+        0,
+        [],
+    )
+    for step, factor in enumerate([3.0, 0.9, 4.0, 5.0, 2.0, 4.0, 3.0, 0.1, 0.1, 0.1]):
         buckets, (report,) = step_of(1.0, step)
-        noise = sum(report.spreads)
-        report.norms["optim/grad_norm"] = float(np.sqrt(factor * noise))
-        found = live.observe(buckets, [report])
-        spent = [spent[0] + noise, spent[1] + (factor - 1) * noise]
-        assert found["variance/cv"] == pytest.approx(np.sqrt(spent[0] / spent[1]))
+        own = sum(report.spreads)
+        report.norms["optim/grad_norm"] = float(np.sqrt(factor * own))
+        found = live.observe(buckets, [report])["variance/cv"]
+        noise, signal = noise + own, [*signal, (factor - 1) * own]
+        if step > 0 and sum(signal) > 2 * np.sqrt(step + 1) * np.std(signal, ddof=1):
+            assert found == pytest.approx(np.sqrt(noise / sum(signal))) and 3 <= step < 9
+        else:
+            assert np.isnan(found) and step not in (5, 6)
+
+
+def test_the_cosine_of_noise_is_what_noise_has():
+    """Of 2,000 draws of gradients with mean 0 and variance A² L, in 50 dimensions: the mean cosine
+    of Σ w g with Σ g, within three standard errors."""
+    live = LiveMeters(load_config("countdown-tiny", {"meters.every": 1}))
+    buckets, (report,) = step_of(1.0, 3)
+    report = dataclasses.replace(report, likeness=(0.4, 1.0))
+    found = live.observe(buckets, [report])["bias/cosine_noise"]
+    lengths = np.sum([moves(bucket)[1] for bucket in buckets[0]], axis=0)
+    moved = np.sum([moves(x)[0] * (moves(x)[1] > 0) for x in buckets[0]], axis=0)
+    advantages = np.asarray(buckets[0][0].advantages, float)
+    rng, cosines = np.random.default_rng(0), []
+    for _ in range(2000):
+        noise = rng.normal(size=(len(lengths), 50)) * np.sqrt(lengths)[:, None]
+        one, other = moved @ noise, (advantages * (lengths > 0)) @ noise
+        cosines.append(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+    error = np.std(cosines) / np.sqrt(len(cosines))
+    assert found == pytest.approx(np.mean(cosines), abs=3 * error + 0.01)  # a ratio of means
+    assert 0.3 < found < 0.95
 
 
 ADAPTS = {
@@ -145,15 +173,18 @@ ADAPTS = {
 def test_the_exponent_follows_what_was_measured_before_by_the_schedule():
     """And what is kept as JSON goes on as if nothing had happened."""
     live = LiveMeters(load_config("countdown-tiny", ADAPTS | {"objective.adaptive.range": [-1, 3]}))
-    used, betas = [], [0.5] * 4 + [1.6] * (WINDOW + 4)
+    used, betas, told = [], [0.5] * 4 + [1.6] * (WINDOW + 4), 0
     for step, beta in enumerate(betas):
         used.append(live.alpha)
         live = LiveMeters(live.config, json.loads(json.dumps(live.saved())))
         found = live.observe(*step_of(beta, step))
         assert found["aggregation/alpha"] == used[-1]
-        assert found["variance/cv"] == pytest.approx(0.5)  # noise 1, signal 4
-        if 1 <= step < 4:
-            assert found["variance/cv_predicted"] == pytest.approx(0.5, rel=0.02)
+        seen = [found["variance/cv"], found["variance/cv_predicted"]]
+        if not np.isnan(seen).any():  # noise 1, signal 4
+            assert seen[0] == pytest.approx(0.5)
+            assert seen[1] == pytest.approx(0.5, rel=0.02) or step >= 4
+            told += 1
+    assert told >= 3
     assert used[:3] == [1.0, 1.0, 1.0]
     assert used[3] == used[4] == pytest.approx(0.5, abs=0.01)
     assert used[5] == used[6] != used[4]

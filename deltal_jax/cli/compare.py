@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--cells: must be at least 0, got {arguments.cells}")
     overrides = parse_overrides([item for item in arguments.items if "=" in item])
     with signals.listening(at_once=True):
+        from deltal_jax.compare.findings import write_findings
         from deltal_jax.compare.plan import load_plan
         from deltal_jax.compare.runner import Comparison
         from deltal_jax.progress import ProgressDisplay
@@ -53,22 +54,14 @@ def run(arguments: argparse.Namespace) -> int:
             print(json.dumps(facts) if arguments.json else _described(facts))
             return 0
         progress = comparison.run(arguments.cells)
-    found = _findings(folder) if progress.done else ""
     if arguments.json:
         facts = {"folder": str(folder), "cells": progress.cells, "done": progress.done}
         print(json.dumps(facts | {"elsewhere": progress.elsewhere}))
-    else:
-        print(found)
+    if progress.done:
+        found = write_findings(folder)
+        if not arguments.json:
+            print(found)
     return 0
-
-
-def _findings(folder: Path) -> str:
-    from deltal_jax.compare.findings import write_findings
-
-    try:
-        return write_findings(folder)
-    except UserError as error:  # the cells are good all the same
-        return f"no findings: {error}"
 
 
 def _command(arguments: argparse.Namespace, folder: Path) -> str:

@@ -180,13 +180,15 @@ def _aggregations(result: dict[str, Any]) -> list[str]:
             *_methods(found["rows"], cosine=False),
         ]
     if any(row["cv"] is None for row in result["aggregations"]):
-        lines.append("- is not resolvable: the mean is under the noise; raise --groups")
+        needed = [row["groups_needed"] for row in result["aggregations"] if row["groups_needed"]]
+        wanted = f"{min(needed)} may do" if needed else "twice as many may not do"
+        lines.append(f"- is not resolvable: the mean is under the noise; raise --groups, {wanted}")
     return lines
 
 
 def _methods(rows: list[dict[str, Any]], *, cosine: bool) -> list[str]:
     heads = {
-        "relative_variance": "variance",
+        "relative_variance": "variance / ΔL1",
         "cv": "CV",
         "bias_cosine": "bias cosine",
         "true_cosine": "true cosine",

@@ -12,7 +12,7 @@ A control is an entry of the plan's `controls` with, besides what a method may h
     seeds      `of` once more with other seeds, so unpaired: how often equal methods seem to differ
     lr         `of` at another learning rate: highest and lowest of its sweep, and the methods
                compared at each one's highest, which is chosen on the problems that it is judged by
-    any other  a paired comparison, corrected over all such controls: permuted, eps, sgd, …
+    the others a paired comparison, corrected over all such controls: permuted, eps, sgd, …
 
 A control that others name in `of` and that has neither `of` nor `kind` is only what they are
 compared with (for instance the other half of a null control).

@@ -20,6 +20,8 @@ from deltal_jax.objective.names import unknown_name
 #: What a plan says, and what a method says where it says more than fields of the config.
 KEYS = ("experiment", "set", "seeds", "warmups", "reference", METHODS, "controls", "frozen")
 METHOD_KEYS = ("set", "weights", "seeds", "of", "kind", "expect")
+#: How controls are read (see `controls.py`); all after the third are pairs.
+KINDS = ("null", "seeds", "lr", "pair", "permuted", "eps", "sgd")
 #: Sections that a method may set; a dot at the end means all below.
 FREE = ("objective.", "rl.", "rollout.", "task.overlong_buffer", "task.overlong_factor")
 #: And what of them it may not: curves of two methods have the same steps, problems and places.
@@ -237,6 +239,9 @@ def _method(field: str, name: str, value: Any, seeds: tuple[int, ...], *, contro
     weights = tree.get("weights")
     if weights not in (None, "permuted"):
         raise UserError(f"{field}.weights: expected permuted, or nothing, got {weights!r}")
+    kind = _text(f"{field}.kind", tree.get("kind", "") or "null" * ("kind" in tree))
+    if kind and kind not in KINDS:
+        raise UserError(unknown_name(f"{field}.kind", kind, KINDS))
     return Method(
         name,
         _mapping(f"{field}.set", tree.get("set")),
@@ -244,7 +249,7 @@ def _method(field: str, name: str, value: Any, seeds: tuple[int, ...], *, contro
         permuted=weights == "permuted",
         control=control,
         of=_text(f"{field}.of", tree.get("of", "")),
-        kind=_text(f"{field}.kind", tree.get("kind", "") or "null" * ("kind" in tree)),
+        kind=kind,
         expect=_text(f"{field}.expect", tree.get("expect", "")),
     )
 

@@ -24,8 +24,6 @@ LABELS = {
     "length": "length",
     "reward": "reward",
 }
-
-
 #: What a frozen checkpoint tells of a method.
 MEASURED = {
     "cv": "CV",
@@ -33,6 +31,7 @@ MEASURED = {
     "cosine": "cosine, disjoint",
     "true_cosine": "true cosine",
     "relative_variance": "relative variance",
+    "mean_norm": "mean norm",
 }
 FROZEN_PLOT = "plots/frozen.svg"
 
@@ -229,8 +228,9 @@ def _frozen(found: Found, plots: Sequence[str]) -> list[str]:
         " gradient. Bias cosine: of its mean with the unweighted mean gradient of the same"
         " advantages; an estimate may exceed 1 by its error. Cosine, disjoint: of one batch with"
         " all prompts not in it; true cosine: with the true unweighted gradient. Relative variance:"
-        " against ΔL α=1. Not resolvable: a mean is under the noise. An exponent that adapts has no"
-        " value at a checkpoint: its row is 1/Var with the β fitted to these responses."
+        " against ΔL α=1. Mean norm: ‖E ĝ‖, of weights of 1 in sum. Not resolvable: a mean is under"
+        " the noise. An exponent that adapts has no value at a checkpoint: its row is 1/Var with"
+        " the β fitted to these responses."
     )
     shown = [f"![{plot}]({plot})" for plot in plots if plot == FROZEN_PLOT]
     table = _table(["warm-up", "method", "measured as", *MEASURED.values()], rows)

@@ -162,7 +162,7 @@ def _optimizing(config: Config) -> list[Rule]:
             ("policy/clip_frac_low", 0.2),
             ("policy/approx_kl", 0.1),
         ),
-        _low("bias/cosine", 0.7),
+        Rule("bias/cosine", "less that of noise, last steps", _turned, -0.2, least=True),
     ]
 
 
@@ -177,6 +177,12 @@ def _recent(*bounds: tuple[str, float]) -> list[Rule]:
 
 def _low(metric: str, ok: float) -> Rule:
     return Rule(metric, "last steps", _mean(metric), ok, least=True)
+
+
+def _turned(curves: Curves) -> float | None:
+    """How far the cosine is over what noise alone would have."""
+    found, noise = (curves.recent(f"bias/cosine{end}") for end in ("", "_noise"))
+    return None if found is None or noise is None else found - noise
 
 
 def _of_highest(curves: Curves) -> float | None:

@@ -169,7 +169,9 @@ def figures(
     true cosine, are against the aggregation `reference`."""
     own, base, other = pairs[name], pairs[unweighted], pairs[reference]
     found: dict[str, float | None] = {"variance": float(own.variance[0])}
-    found["mean_norm"] = float(own.mean[0]) ** 0.5 if _resolved(own.mean) else None
+    size = np.sqrt(np.maximum(own.mean, 0.0))
+    found |= _with_interval("mean_norm", size, _resolved(own.mean), logarithm=True)
+    found["groups_needed"] = _groups_needed(own.mean)
     ratio = own.variance / np.where(other.variance > 0, other.variance, np.nan)
     found |= _with_interval("relative_variance", ratio, logarithm=True)
     known, base_known = _resolved(own.mean), _resolved(base.mean)
@@ -270,6 +272,14 @@ def jackknife_error(values: Float[np.ndarray, " n"]) -> float:
 
 def _resolved(values: np.ndarray) -> bool:
     return bool(values[0] > 2 * jackknife_error(values))
+
+
+def _groups_needed(values: Float[np.ndarray, " n"]) -> int | None:
+    """About how many groups would resolve the mean's square, whose error falls at most as their
+    number where it is mostly noise; None where it is resolved, or not above 0 at all."""
+    if _resolved(values) or values[0] <= 0:
+        return None
+    return math.ceil((len(values) - 1) * 2 * jackknife_error(values) / float(values[0]))
 
 
 def _with_interval(

@@ -107,9 +107,10 @@ WEIGHTING = (
     ),
     Plot(
         "Direction of the gradient",
-        "Cosine of the weighted to the unweighted gradient of the same batch: 1 is no bias.",
+        "Cosine of the weighted to the unweighted gradient of the same batch, beside what noise "
+        "alone would have: well under that is bias.",
         "cosine",
-        {"cosine": "bias/cosine"},
+        {"cosine": "bias/cosine", "of noise alone": "bias/cosine_noise"},
     ),
     Plot(
         "Gradient norm",

@@ -102,9 +102,10 @@ class LiveMeters:
         made = [pair for pair in zip(minibatches, reports, strict=False) if not pair[1].skipped]
         if self.config.halves:
             metrics |= self._variance(made)
-        for _, report in made:
+        for buckets, report in made:
             if report.likeness is not None:
                 metrics["bias/cosine"], metrics["bias/norm_ratio"] = report.likeness
+                metrics["bias/cosine_noise"] = self._noise_cosine(buckets)
         self._steps += 1
         adaptive = self.config.objective.adaptive
         since = self._steps - adaptive.start
@@ -148,6 +149,20 @@ class LiveMeters:
             "variance/cv_predicted": _cv([x.predicted or 0.0 for x in foretold], foretold),
         }
 
+    def _noise_cosine(self, buckets: Sequence[Bucket]) -> float:
+        """What the cosine with the unweighted gradient would be of noise alone, without any bias:
+        Σ w A² L^β / √(Σ w² A² L^β · Σ A² L^β), by the β that is known, or 1."""
+        growth = self._growth()
+        at = np.asarray([1.0 if growth is None else growth.beta])
+        found = np.zeros(3)
+        for bucket in buckets:
+            weighted, lengths = moves(bucket)
+            advantages = np.asarray(bucket.advantages, np.float64)
+            roots = np.sqrt(np.maximum(weighted * advantages, 0.0))
+            found += [float(scales(x, lengths, at)[0]) for x in (roots, weighted, advantages)]
+        inner, *squares = found
+        return inner / math.sqrt(math.prod(squares)) if min(squares) > 0 else math.nan
+
     def _growth(self) -> Growth | None:
         return fit_growth([step.pairs for step in self._window])
 
@@ -166,9 +181,13 @@ class LiveMeters:
 
 
 def _cv(noise: Sequence[float], steps: Sequence[Step]) -> float:
-    """√(noise / ‖E ĝ‖²), over the steps; NaN where the mean is under the noise."""
-    signal = sum(step.square - step.noise for step in steps)
-    return math.sqrt(sum(noise) / signal) if signal > 0 else math.nan
+    """√(noise / ‖E ĝ‖²), over the steps; NaN where the mean is under the noise: where its square is
+    not two standard errors above 0, by how it varies from step to step."""
+    signals = [step.square - step.noise for step in steps]
+    count, signal = len(signals), sum(signals)
+    if count < 2 or signal <= 2 * math.sqrt(count) * float(np.std(signals, ddof=1)):
+        return math.nan
+    return math.sqrt(sum(noise) / signal)
 
 
 def length_classes(buckets: Sequence[Bucket]) -> tuple[np.ndarray, list[float]]:
