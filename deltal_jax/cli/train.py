@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _dry_run(name, overrides, as_json=arguments.json)
 
+    stopped = signals.stopped_code()
     if supervise.wanted():
         return supervise.supervise(
             [sys.executable, "-m", "deltal_jax.cli.main", *_again(arguments)]
@@ -63,13 +64,14 @@ def run(arguments: argparse.Namespace) -> int:
         except PeerError as error:
             print(f"deltal: {error}", file=sys.stderr)
             return 1
+    code = stopped if result.status == "interrupted" else 0
     if not is_first():
-        return 0
+        return code
     if arguments.json:
         print(json.dumps(result.as_dict()))
     elif result.status == "done" or result.after:
         _print_table(result)
-    return 0
+    return code
 
 
 def _again(arguments: argparse.Namespace) -> list[str]:
