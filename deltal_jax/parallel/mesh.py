@@ -6,6 +6,7 @@ holds whole copies of what the other two split.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from deltal_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 #: Numbers of processes, as launchers that jax knows set them.
 LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+#: Number of processes on this host, as Open MPI sets it.
+LOCAL_SIZE = "OMPI_COMM_WORLD_LOCAL_SIZE"
 
 
 def make_mesh(
@@ -70,7 +73,7 @@ def start_distributed(
     them this is. What is None is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID, and then from what jax detects: on TPU pods, SLURM and Open MPI nothing need be
     set. Where nothing is set and nothing detected this is a single process: does nothing. A second
-    call does nothing either.
+    call does nothing either, and nor does one under Pathways, where one process has all devices.
 
     `heartbeat_timeout`, in seconds (None: DELTAL_HEARTBEAT, or else 100): a process that dies
     inside a collective takes the others down at once; one that dies (or whose host hangs) outside
@@ -80,7 +83,8 @@ def start_distributed(
     Raises ValueError where some values are set and others are missing, RuntimeError where several
     processes are meant and JAX already runs in this one.
     """
-    if jax.distributed.is_initialized():
+    pathways = "proxy" in os.environ.get("JAX_PLATFORMS", "").split(",")
+    if jax.distributed.is_initialized() or pathways:
         return
     if heartbeat_timeout is None:
         heartbeat_timeout = _integer("DELTAL_HEARTBEAT") or 100
@@ -90,7 +94,8 @@ def start_distributed(
     alone = (coordinator, processes, process_id) == (None, None, None)
     try:
         jax.distributed.initialize(
-            coordinator, processes, process_id, heartbeat_timeout_seconds=heartbeat_timeout
+            *(coordinator, processes, process_id, all_of_host()),
+            heartbeat_timeout_seconds=heartbeat_timeout,
         )
     except ValueError as error:
         # What jax says where it detects no cluster; it has no way to ask beforehand.
@@ -102,6 +107,16 @@ def start_distributed(
         launched = any((_integer(name) or 1) > 1 for name in LAUNCHED)
         if not alone or launched or jax.process_count() > 1:
             raise
+
+
+def all_of_host() -> Any:
+    """What makes a process use all GPUs of its host, where it is the only one there; None: what jax
+    decides. jax gives each task of SLURM and Open MPI one GPU, however many tasks a host has."""
+    if os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
+    slurm = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 1(x4)
+    alone = re.fullmatch(r"1(\(x\d+\))?", slurm) or os.environ.get(LOCAL_SIZE) == "1"
+    return ["all"] if alone else None
 
 
 def _integer(name: str) -> int | None:
