@@ -29,7 +29,8 @@ def noted(config, rollout, *rest):
         print(json.dumps([lengths, found.weights.tolist(), found.advantages.tolist()]), file=file)
     return found
 
-policy.weigh = noted
+if weigh.__name__ == "weigh":  # this file is loaded more than once
+    policy.weigh = noted
 
 def reward(prompts, responses, answers):
     does, seconds = os.environ.pop("DO", ""), {HEARTBEAT} + 5
@@ -106,15 +107,17 @@ def test_four_hosts_of_which_one_is_slow_are_one_process(hosts, folder, monkeypa
     for found, wanted in zip(timeless(hosts), timeless(folder / "one"), strict=True):
         assert (found["phase"], found["step"]) == (wanted["phase"], wanted["step"])
         if found["phase"] == "rl":
-            for name in ("policy/loss", "optim/grad_norm"):
-                assert found[name] == pytest.approx(wanted[name], rel=1e-5) and wanted[name]
-    # What was sampled, apart: the first step's, by the same parameters, to the last token.
-    (first, *_) = sorted((folder / "one" / ROLLOUTS).iterdir())
-    tokens = [
-        [json.loads(line)["response"] for line in path.read_text().splitlines()]
-        for path in (first, hosts / ROLLOUTS / first.name)
+            assert found["optim/grad_norm"] == pytest.approx(wanted["optim/grad_norm"], rel=1e-5)
+            # Advantages of a group sum to 0, and so almost does the loss: its parts are about 0.01.
+            assert found["policy/loss"] == pytest.approx(wanted["policy/loss"], rel=1e-5, abs=1e-7)
+            assert wanted["optim/grad_norm"] and wanted["policy/loss"]
+    # What was sampled, apart: all of the first step, which has the same parameters.
+    records = [
+        json.loads((run / ROLLOUTS / "step-000001.json").read_text())
+        for run in (hosts, folder / "one")
     ]
-    assert tokens[0] == tokens[1] and tokens[0]
+    responses, wanted = ([x["response"] for x in record["samples"]] for record in records)
+    assert responses == wanted and len(set(responses)) > 8
     # Lengths of the whole batch and their weights: once a step, and the same on every host.
     alone = weighed(folder, "alone")
     assert len(alone) == OPTIONS["rl.steps"]

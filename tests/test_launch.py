@@ -37,7 +37,7 @@ DELTAL = f"""#!/usr/bin/env python3
 import json, os, pathlib, signal, sys, time
 here = pathlib.Path(__file__).parent
 names = ("{ASKED}", "{STOPPED_EXIT}", "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES",
-         "JAX_PROCESS_ID")
+         "JAX_PROCESS_ID", "DELTAL_HEARTBEAT")
 with (here / "calls").open("a") as file:
     found = {{name: os.environ[name] for name in names if name in os.environ}}
     print(json.dumps([sys.argv[1:], found]), file=file)
@@ -61,7 +61,8 @@ SRUN = ASIDE + 'while [[ $1 == --* ]]; do shift; done; exec "$@"\n'
 APART = (
     ASIDE
     + """while [[ $1 == -o ]]; do shift 2; done
-mkdir -p "$TMPDIR/$1"; TMPDIR=$TMPDIR/$1 exec bash -c "$2"
+mkdir -p "$TMPDIR/$1"
+exec env -i HOME="$HOME" PATH="$PATH" TMPDIR="$TMPDIR/$1" bash -c "$2"
 """
 )
 
@@ -218,7 +219,7 @@ def test_the_jobset_restarts_as_a_whole_but_for_bad_input():
 def test_every_node_is_told_by_ssh_who_it_is_and_stops(tools, tmp_path):
     folder = tools("wait wait", deltal=DELTAL, ssh=APART)
     given = "one two", tmp_path / "x y", "countdown-tiny"
-    home = {"DELTAL_HOME": str(ROOT), "DELTAL_PORT": "9911"}
+    home = {"DELTAL_HOME": str(ROOT), "DELTAL_PORT": "9911", "DELTAL_HEARTBEAT": "7 "}
     assert run("gpu-ssh", "start", *given, "seed=3", **home).returncode == 0
     until(lambda: (folder / "calls").exists() and len(calls(folder)) == 2)
     found = sorted(calls(folder), key=lambda call: call[1]["JAX_PROCESS_ID"])
@@ -227,6 +228,7 @@ def test_every_node_is_told_by_ssh_who_it_is_and_stops(tools, tmp_path):
         assert "seed=3" in arguments
         assert variables["JAX_PROCESS_ID"] == str(number) and variables["JAX_NUM_PROCESSES"] == "2"
         assert variables["JAX_COORDINATOR_ADDRESS"] == "one:9911"
+        assert variables["DELTAL_HEARTBEAT"] == "7 "
     assert run("gpu-ssh", "status", *given[:2]).stdout.count(": running") == 2
     assert run("gpu-ssh", "stop", *given[:2]).stdout.count(": saving") == 2
     until(lambda: run("gpu-ssh", "status", *given[:2]).stdout.count(": not running") == 2)
