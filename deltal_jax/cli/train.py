@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import sys
 
@@ -55,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
             [sys.executable, "-m", "deltal_jax.cli.main", *_again(arguments)]
         )
     supervise.follow_parent()
+    if arguments.json and supervise.CHILD in os.environ:
+        _keep_stdout()
     with signals.listening(at_once=True):
         from deltal_jax.parallel.processes import PeerError, is_first
         from deltal_jax.training.loop import train
@@ -72,6 +75,13 @@ def run(arguments: argparse.Namespace) -> int:
     elif result.status == "done" or result.after:
         _print_table(result)
     return code
+
+
+def _keep_stdout() -> None:
+    """Have all that writes to standard output without asking Python, as Gloo does, write to
+    standard error."""
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
 
 
 def _again(arguments: argparse.Namespace) -> list[str]:
