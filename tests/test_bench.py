@@ -326,9 +326,7 @@ def test_the_peaks_of_a_device_are_those_of_the_longest_name_that_fits():
 @pytest.mark.parametrize("shape", ["0.5b", "3b"])
 def test_useful_operations_of_an_update_are_six_a_parameter_and_token(shape):
     load = gpu.LOADS[shape]
-    published = gpu.PUBLISHED[load.fields["model.path"]]
-    config = gpu.load_config(gpu.CONFIG, load.fields)
-    arch = gpu.make_architecture(config, load.vocab, published)
+    config, arch, update = gpu.make_parts(load)
     assert load.rows * load.tokens == 4096 and arch.compute_dtype == "bfloat16" and arch.remat
     count = sum(x.size for x in jax.tree.leaves(abstract_params(arch)))
     pairs = load.tokens * (load.tokens + 1) / 2
@@ -336,6 +334,11 @@ def test_useful_operations_of_an_update_are_six_a_parameter_and_token(shape):
     found = gpu.update_flops(arch, load.rows, load.tokens)
     # Norms and biases are parameters that nothing is multiplied with.
     assert found == pytest.approx(6 * count * 4096 + attention, rel=1e-3)
+    # Its gradient by such a bucket, which is full, is that of all parameters.
+    (bucket, *others) = gpu.make_load(load, config)
+    assert len(others) == 15 and bucket.tokens.shape == (4, 1024) and bucket.tokens.all()
+    gradient = jax.eval_shape(update.gradient, abstract_params(arch), bucket)
+    assert sum(x.size for x in jax.tree.leaves(gradient.grads)) == count
     read = gpu.step_bytes(arch, load.responses, 768)
     assert read["weights"] == pytest.approx(2 * count, rel=1e-3)
     assert (
@@ -349,8 +352,7 @@ def test_a_model_is_measured_against_the_peaks_of_this_machine(capsys):
     device, tiny = figures["device"], figures["tiny"]
     assert device["peaks_from"] == "measured" and device["peak_flops"] == device["measured_flops"]
     load, update, decode, step = gpu.LOADS["tiny"], tiny["update"], tiny["decode"], tiny["step"]
-    config = gpu.load_config(gpu.CONFIG, load.fields)
-    arch = gpu.make_architecture(config, load.vocab, None)
+    _, arch, _ = gpu.make_parts(load)
     done = load.microbatches * gpu.update_flops(arch, load.rows, load.tokens)
     assert update["mfu"] == pytest.approx(done / update["wall_s"] / device["peak_flops"])
     assert 0 < update["mfu"] < 1

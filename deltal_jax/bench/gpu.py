@@ -147,15 +147,21 @@ def step_bytes(arch: Architecture, slots: int, position: float) -> dict[str, flo
     return {"weights": float(size * weights), "cache": float(size * cache)}
 
 
+def make_parts(load: Load) -> tuple[Config, Architecture, Update]:
+    """The experiment, its model's shape and its update, without allocating anything."""
+    config = load_config(CONFIG, load.fields)
+    published = PUBLISHED.get(config.model.path or "")
+    arch = make_architecture(config, load.vocab, published)
+    optimizer = make_optimizer(config.rl.optimizer, 0)
+    return config, arch, Update(make_graphdef(arch), optimizer, make_loss(config))
+
+
 class _Model:
     """A model with random weights, as an experiment of this config trains it."""
 
     def __init__(self, load: Load):
-        self.load, config = load, load_config(CONFIG, load.fields)
-        published = PUBLISHED.get(config.model.path or "")
-        self.arch = make_architecture(config, load.vocab, published)
-        graphdef = make_graphdef(self.arch)
-        self.update = Update(graphdef, make_optimizer(config.rl.optimizer, 0), make_loss(config))
+        self.load = load
+        config, self.arch, self.update = make_parts(load)
 
         def fresh(key: jax.Array) -> Any:
             params = split_model(init_model(self.arch, key))[1]
@@ -163,11 +169,11 @@ class _Model:
 
         key = jax.random.key(0, impl="threefry2x32")
         self.state = self.update.init(jax.jit(fresh)(key), key, donate=True)
-        self.buckets = _buckets(load, config)
+        self.buckets = make_load(load, config)
         self.prompts = _prompts(load)
         options = {"slots": load.responses, "eos_ids": ()}
         self.engines = [
-            Engine(graphdef, SamplingOptions(max_response_length=length, **options))
+            Engine(make_graphdef(self.arch), SamplingOptions(max_response_length=length, **options))
             for length in load.lengths
         ]
 
@@ -198,7 +204,7 @@ def _prompts(load: Load) -> Prompts:
     return Prompts(tokens=tokens, lengths=lengths, positions=np.arange(count, dtype=np.int32))
 
 
-def _buckets(load: Load, config: Config) -> list[Bucket]:
+def make_load(load: Load, config: Config) -> list[Bucket]:
     """Rows without padding; weights and advantages of no consequence for the time."""
     rng, count = np.random.default_rng(1), load.responses
     shape, prompt = (count, load.tokens), load.tokens - load.lengths[1]
