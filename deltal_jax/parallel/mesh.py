@@ -21,6 +21,8 @@ AXES = ("data", "fsdp", "tensor")
 LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 #: Number of processes on this host, as Open MPI sets it.
 LOCAL_SIZE = "OMPI_COMM_WORLD_LOCAL_SIZE"
+#: Which GPUs of its host a process uses, as jax has it.
+VISIBLE = ("jax_cuda_visible_devices", "jax_rocm_visible_devices")
 
 
 def make_mesh(
@@ -92,10 +94,10 @@ def start_distributed(
     processes = processes if processes is not None else _integer("JAX_NUM_PROCESSES")
     process_id = process_id if process_id is not None else _integer("JAX_PROCESS_ID")
     alone = (coordinator, processes, process_id) == (None, None, None)
+    visible = {name: jax.config.read(name) for name in VISIBLE} if has_host() else {}
     try:
         jax.distributed.initialize(
-            *(coordinator, processes, process_id, all_of_host()),
-            heartbeat_timeout_seconds=heartbeat_timeout,
+            coordinator, processes, process_id, heartbeat_timeout_seconds=heartbeat_timeout
         )
     except ValueError as error:
         # What jax says where it detects no cluster; it has no way to ask beforehand.
@@ -107,16 +109,17 @@ def start_distributed(
         launched = any((_integer(name) or 1) > 1 for name in LAUNCHED)
         if not alone or launched or jax.process_count() > 1:
             raise
+    for name, devices in visible.items():
+        jax.config.update(name, devices)
 
 
-def all_of_host() -> Any:
-    """What makes a process use all GPUs of its host, where it is the only one there; None: what jax
-    decides. jax gives each task of SLURM and Open MPI one GPU, however many tasks a host has."""
+def has_host() -> bool:
+    """Whether this process is the only one on its host, so that all GPUs there are its own: jax
+    gives each task of SLURM and Open MPI a single one, however many tasks a host has."""
     if os.environ.get("JAX_LOCAL_DEVICE_IDS"):
-        return None
+        return False
     slurm = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 1(x4)
-    alone = re.fullmatch(r"1(\(x\d+\))?", slurm) or os.environ.get(LOCAL_SIZE) == "1"
-    return ["all"] if alone else None
+    return bool(re.fullmatch(r"1(\(x\d+\))?", slurm)) or os.environ.get(LOCAL_SIZE) == "1"
 
 
 def _integer(name: str) -> int | None:
