@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
+from deltal_jax.errors import UserError
 from deltal_jax.parallel.mesh import LAUNCHED, make_mesh, start_distributed
 from tests.processes import reserved_port, run_processes
 
@@ -132,12 +134,18 @@ def test_the_only_task_of_a_node_uses_all_of_its_gpus(environment, gpus):
     assert printed.stdout.split() == ["1", gpus]
 
 
-def test_under_pathways_the_only_process_does_not_look_for_others(nothing_set):
+def test_under_pathways_the_only_process_looks_for_a_proxy_and_not_for_others(nothing_set):
     """It has all devices; what Kubernetes would say of its pod is not asked."""
     nothing_set.setenv("JAX_COORDINATOR_ADDRESS", "nobody:1")
     nothing_set.setenv("JAX_PLATFORMS", "proxy,cpu")
+    nothing_set.setitem(sys.modules, "pathwaysutils", None)  # not installed
+    with pytest.raises(UserError, match=r"^JAX_PLATFORMS: proxy .* pip install pathwaysutils$"):
+        start_distributed()
+    called = []
+    package = types.SimpleNamespace(initialize=lambda: called.append(True))
+    nothing_set.setitem(sys.modules, "pathwaysutils", package)
     start_distributed()
-    assert not jax.distributed.is_initialized()
+    assert called == [True] and not jax.distributed.is_initialized()
 
 
 def who() -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ The mesh has three axes. Rows of tokens are split over "data" and "fsdp"; parame
 holds whole copies of what the other two split.
 """
 
+import importlib
 import os
 import re
 from collections.abc import Sequence
@@ -75,7 +76,8 @@ def start_distributed(
     them this is. What is None is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID, and then from what jax detects: on TPU pods, SLURM and Open MPI nothing need be
     set. Where nothing is set and nothing detected this is a single process: does nothing. A second
-    call does nothing either, and nor does one under Pathways, where one process has all devices.
+    call does nothing either. Under Pathways (JAX_PLATFORMS=proxy) one process has all devices, and
+    only their proxy is made known to jax.
 
     `heartbeat_timeout`, in seconds (None: DELTAL_HEARTBEAT, or else 100): a process that dies
     inside a collective takes the others down at once; one that dies (or whose host hangs) outside
@@ -83,10 +85,13 @@ def start_distributed(
     checkpoint.
 
     Raises ValueError where some values are set and others are missing, RuntimeError where several
-    processes are meant and JAX already runs in this one.
+    processes are meant and JAX already runs in this one, UserError where Pathways' own package is
+    missing.
     """
-    pathways = "proxy" in os.environ.get("JAX_PLATFORMS", "").split(",")
-    if jax.distributed.is_initialized() or pathways:
+    if jax.distributed.is_initialized():
+        return
+    if "proxy" in os.environ.get("JAX_PLATFORMS", "").split(","):
+        _start_pathways()
         return
     if heartbeat_timeout is None:
         heartbeat_timeout = _integer("DELTAL_HEARTBEAT") or 100
@@ -111,6 +116,16 @@ def start_distributed(
             raise
     for name, devices in visible.items():
         jax.config.update(name, devices)
+
+
+def _start_pathways() -> None:
+    try:
+        pathways = importlib.import_module("pathwaysutils")
+    except ImportError as error:
+        raise UserError(
+            "JAX_PLATFORMS: proxy is Pathways', which needs pip install pathwaysutils"
+        ) from error
+    pathways.initialize()
 
 
 def has_host() -> bool:
