@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltal_jax.bench import checkpoint, data, grading, loading, model, workload
+from deltal_jax.bench import checkpoint, data, gpu, grading, loading, model, workload
 from deltal_jax.bench import rollout as bench_rollout
 from deltal_jax.bench.measure import Timing, in_turn, ratio
 from deltal_jax.bench.peer import Peer
@@ -134,6 +134,10 @@ def test_memory_does_not_follow_the_vocabulary():
     ("arguments", "said"),
     [
         (["objective", "--rounds", "1"], "--rounds: a median needs at least 3, got 1"),
+        (
+            ["model", "--shape", "3b"],
+            "--shape: of `deltal bench` only `gpu` has models of several sizes",
+        ),
         (["objective", "--peer", "python3"], "--peer: `deltal bench objective` has no peer"),
         (
             ["model", "--folder", "here"],
@@ -310,3 +314,50 @@ def test_a_save_is_measured_beside_a_plain_write_of_the_same_bytes(tmp_path):
     assert figures["stall"]["wall_s"] >= figures["save"]["wall_s"] > 0
     checkpoint.plain_write(tmp_path / "plain", np.arange(5, dtype=np.uint8), 12)
     assert list((tmp_path / "plain").read_bytes()) == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+
+
+def test_the_peaks_of_a_device_are_those_of_the_longest_name_that_fits():
+    assert gpu.known_peaks("NVIDIA H100 80GB HBM3") == gpu.PEAKS["H100"]
+    assert gpu.known_peaks("NVIDIA H100 PCIe") == gpu.PEAKS["H100 PCIe"]
+    assert gpu.known_peaks("NVIDIA L40S")[1] == 864e9 and gpu.known_peaks("NVIDIA L4")[1] == 300e9
+    assert gpu.known_peaks("cpu") is None
+
+
+@pytest.mark.parametrize("shape", ["0.5b", "3b"])
+def test_useful_operations_of_an_update_are_six_a_parameter_and_token(shape):
+    load = gpu.LOADS[shape]
+    config, arch, update = gpu.make_parts(load)
+    assert load.rows * load.tokens == 4096 and arch.compute_dtype == "bfloat16" and arch.remat
+    count = sum(x.size for x in jax.tree.leaves(abstract_params(arch)))
+    pairs = load.tokens * (load.tokens + 1) / 2
+    attention = 3 * 4 * load.rows * arch.layers * arch.heads * arch.head_dim * pairs
+    found = gpu.update_flops(arch, load.rows, load.tokens)
+    # Norms and biases are parameters that nothing is multiplied with.
+    assert found == pytest.approx(6 * count * 4096 + attention, rel=1e-3)
+    # Its gradient by such a bucket, which is full, is that of all parameters.
+    (bucket, *others) = gpu.make_load(load, config)
+    assert len(others) == 15 and bucket.tokens.shape == (4, 1024) and bucket.tokens.all()
+    gradient = jax.eval_shape(update.gradient, abstract_params(arch), bucket)
+    assert sum(x.size for x in jax.tree.leaves(gradient.grads)) == count
+    read = gpu.step_bytes(arch, load.responses, 768)
+    assert read["weights"] == pytest.approx(2 * count, rel=1e-3)
+    assert (
+        read["cache"] == 2 * load.responses * 768 * 2 * arch.layers * arch.kv_heads * arch.head_dim
+    )
+
+
+def test_a_model_is_measured_against_the_peaks_of_this_machine(capsys):
+    assert main(["bench", "gpu", "--shape", "tiny", "--rounds", "3", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    device, tiny = figures["device"], figures["tiny"]
+    assert device["peaks_from"] == "measured" and device["peak_flops"] == device["measured_flops"]
+    load, update, decode, step = gpu.LOADS["tiny"], tiny["update"], tiny["decode"], tiny["step"]
+    _, arch, _ = gpu.make_parts(load)
+    done = load.microbatches * gpu.update_flops(arch, load.rows, load.tokens)
+    assert update["mfu"] == pytest.approx(done / update["wall_s"] / device["peak_flops"])
+    assert 0 < update["mfu"] < 1
+    read = decode["weight_bytes"] + decode["cache_bytes"]
+    share = read / decode["step_s"] / device["peak_bytes_per_s"]
+    assert decode["share_of_bandwidth"] == pytest.approx(share)
+    assert sum(v for k, v in step.items() if k.endswith("_share")) == pytest.approx(1.0)
+    assert tiny["model"]["parameters"] > 0

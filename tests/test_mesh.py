@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
+from deltal_jax.errors import UserError
 from deltal_jax.parallel.mesh import LAUNCHED, make_mesh, start_distributed
-from tests.processes import run_processes
+from tests.processes import reserved_port, run_processes
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,59 @@ def test_a_fresh_process_with_nothing_set_stays_alone():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
     assert printed.stdout.split() == ["False", "1"]
+
+
+#: Prints the GPUs that jax would use, of a process that SLURM or Open MPI would have started.
+VISIBLE = """
+import jax
+from deltal_jax.parallel.mesh import start_distributed
+start_distributed()
+print(jax.process_count(), jax.config.read("jax_cuda_visible_devices"))
+"""
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x1)",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus"),
+    [
+        ({}, "all"),  # jax alone would take the first
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, "0"),
+        ({"JAX_LOCAL_DEVICE_IDS": "0,2"}, "0,2"),
+    ],
+)
+def test_the_only_task_of_a_node_uses_all_of_its_gpus(environment, gpus):
+    with reserved_port() as port:
+        variables = SLURM | {"JAX_COORDINATOR_PORT": str(port)} | environment
+        printed = subprocess.run(
+            [sys.executable, "-c", VISIBLE],
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+    assert printed.stdout.split() == ["1", gpus]
+
+
+def test_under_pathways_the_only_process_looks_for_a_proxy_and_not_for_others(nothing_set):
+    """It has all devices; what Kubernetes would say of its pod is not asked."""
+    nothing_set.setenv("JAX_COORDINATOR_ADDRESS", "nobody:1")
+    nothing_set.setenv("JAX_PLATFORMS", "proxy,cpu")
+    nothing_set.setitem(sys.modules, "pathwaysutils", None)  # not installed
+    with pytest.raises(UserError, match=r"^JAX_PLATFORMS: proxy .* pip install pathwaysutils$"):
+        start_distributed()
+    called = []
+    package = types.SimpleNamespace(initialize=lambda: called.append(True))
+    nothing_set.setitem(sys.modules, "pathwaysutils", package)
+    start_distributed()
+    assert called == [True] and not jax.distributed.is_initialized()
 
 
 def who() -> dict[str, np.ndarray]:

@@ -1,8 +1,11 @@
 """Run folders: created once, never overwritten, found again, and changed only where allowed."""
 
+import contextlib
 import dataclasses
 import os
 import re
+import threading
+import time
 
 import pytest
 
@@ -318,3 +321,33 @@ def test_a_write_that_fails_keeps_the_old_text(tmp_path):
 def test_the_stored_config_is_the_dump_of_the_resolved_one():
     folder, resolved = create_run_folder(load_config("countdown-tiny"))
     assert (folder / "config.yaml").read_text(encoding="utf-8") == dump_config(resolved)
+
+
+def test_a_start_waits_for_the_lock_of_a_process_that_leaves(tmp_path, monkeypatch):
+    """As that of a host that died, which NFS keeps for a while."""
+    done = threading.Event()
+
+    def leave():
+        time.sleep(2 * run_folder.LOOK)
+        done.set()
+        held.close()
+
+    held = contextlib.ExitStack()
+    held.enter_context(run_folder.locked(tmp_path))
+    monkeypatch.setenv(run_folder.LOCK_WAIT, "60")
+    leaves = threading.Thread(target=leave)
+    leaves.start()
+    with run_folder.locked(tmp_path):
+        assert done.is_set()
+    leaves.join()
+
+
+def test_a_folder_that_another_host_has_made_is_awaited(tmp_path, monkeypatch):
+    made, _ = create_run_folder(config(dir=str(tmp_path / "x")))
+    hidden = (made / run_folder.CONFIG).rename(tmp_path / "hidden")
+    appears = threading.Timer(2 * run_folder.LOOK, hidden.rename, [made / run_folder.CONFIG])
+    appears.start()
+    assert run_folder.await_run_config(made) == run_folder.load_run_config(made)
+    monkeypatch.setattr(run_folder, "SEEN_WITHIN", 0.0)
+    with pytest.raises(UserError, match=r"^run.dir: .*/none was made by another host and is not"):
+        run_folder.await_run_config(tmp_path / "none")

@@ -144,7 +144,9 @@ def test_a_run_stopped_in_every_phase_ends_as_one_that_nobody_stopped(
         capfd.readouterr()
         left = strike(where)
         command = ["train", f"run.dir={found}", "--resume", f"run.grace_seconds={grace}"]
-        assert main(command) == 0 and not left
+        code = (0, 75)[number % 2]  # what launchers ask for
+        monkeypatch.setenv(signals.STOPPED_EXIT, str(code))
+        assert main(command) == code and not left
         out, err = capfd.readouterr()
         last = err.strip().splitlines()[-1]
         assert last == f"stopped by SIGTERM in {where}: saved after {saved}; go on with: {resume}"
@@ -152,10 +154,12 @@ def test_a_run_stopped_in_every_phase_ends_as_one_that_nobody_stopped(
         assert ("last evaluation (step" in out) == (
             "warm-up" not in where and where != STRIKES[1][0]
         )
-    strike("start-up")  # nothing new to save: nothing is lost
-    with pytest.raises(signals.Stopped, match=f"go on with: {resume}") as stopped:
-        train(None, {"run.dir": str(found)}, resume=True)
-    assert stopped.value.code == 0
+    for code in ("75", ""):
+        monkeypatch.setenv(signals.STOPPED_EXIT, code)
+        strike("start-up")  # nothing new to save: nothing is lost
+        with pytest.raises(signals.Stopped, match=f"go on with: {resume}") as stopped:
+            train(None, {"run.dir": str(found)}, resume=True)
+        assert stopped.value.code == int(code or 0)
     left = strike("report")
     ended = train(None, {"run.dir": str(found), "run.report": True}, resume=True)
     assert ended.status == "done" and ended.report.is_file() and not left
@@ -185,6 +189,14 @@ def test_what_was_sampled_ahead_is_sampled_again_by_the_same_parameters(options,
     resumed = train(None, {"run.dir": str(found)}, resume=True, quiet=True)
     assert (resumed.step, resumed.status) == (4, "done")
     compare(found, whole)
+
+
+@pytest.mark.parametrize("code", ["gone", "-1", "256"])
+def test_what_is_no_exit_code_is_refused_before_anything_runs(code, monkeypatch, capsys):
+    monkeypatch.setenv(signals.STOPPED_EXIT, code)
+    assert main(["train", "countdown-tiny"]) == 2
+    said = f"deltal: {signals.STOPPED_EXIT}: {code!r} is no exit code; set it to 75, or unset it\n"
+    assert capsys.readouterr().err == said
 
 
 #: The main thread never gets back to Python's own handling of signals.

@@ -16,14 +16,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "subject",
         choices=(
             *("objective", "update", "rollout", "model", "loading", "grading", "data"),
-            "checkpoint",
+            *("checkpoint", "gpu"),
         ),
         help="objective: weights and aggregation; update: one policy update of a fixed load; "
         "rollout: sampling of a fixed load; "
         "model: forward and backward against a matrix product; loading: a checkpoint of 2 GB "
         "against a plain read; grading: verdicts on mathematical answers; data: the start of a run "
         "on a million problems; checkpoint: how long a save of 1 GB stalls training, against a "
-        "plain write",
+        "plain write; gpu: MFU of the update and bandwidth of decoding at real sizes",
+    )
+    parser.add_argument(
+        "--shape",
+        action="append",
+        choices=("tiny", "0.5b", "3b"),
+        help="gpu: of which size the model is; several may be named (default: 0.5b and 3b)",
     )
     parser.add_argument(
         "--peer",
@@ -50,6 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.folder and arguments.subject not in WRITING:
         said = ", ".join(f"`{name}`" for name in WRITING)
         raise UserError(f"--folder: of `deltal bench` only {said} write files")
+
+    if arguments.shape and arguments.subject != "gpu":
+        raise UserError("--shape: of `deltal bench` only `gpu` has models of several sizes")
 
     import jax
 
@@ -81,6 +90,10 @@ def run(arguments: argparse.Namespace) -> int:
         from deltal_jax.bench.loading import benchmark_loading
 
         figures = benchmark_loading(arguments.rounds, arguments.folder)
+    elif arguments.subject == "gpu":
+        from deltal_jax.bench.gpu import benchmark_gpu
+
+        figures = benchmark_gpu(arguments.rounds, arguments.shape or ["0.5b", "3b"])
     else:
         from deltal_jax.bench.update import benchmark_update, head_memory
 

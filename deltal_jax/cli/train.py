@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import sys
 
@@ -49,11 +50,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _dry_run(name, overrides, as_json=arguments.json)
 
+    stopped = signals.stopped_code()
     if supervise.wanted():
         return supervise.supervise(
             [sys.executable, "-m", "deltal_jax.cli.main", *_again(arguments)]
         )
     supervise.follow_parent()
+    if arguments.json and supervise.CHILD in os.environ:
+        _keep_stdout()
     with signals.listening(at_once=True):
         from deltal_jax.parallel.processes import PeerError, is_first
         from deltal_jax.training.loop import train
@@ -63,13 +67,21 @@ def run(arguments: argparse.Namespace) -> int:
         except PeerError as error:
             print(f"deltal: {error}", file=sys.stderr)
             return 1
+    code = stopped if result.status == "interrupted" else 0
     if not is_first():
-        return 0
+        return code
     if arguments.json:
         print(json.dumps(result.as_dict()))
     elif result.status == "done" or result.after:
         _print_table(result)
-    return 0
+    return code
+
+
+def _keep_stdout() -> None:
+    """Have all that writes to standard output without asking Python, as Gloo does, write to
+    standard error."""
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
 
 
 def _again(arguments: argparse.Namespace) -> list[str]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from typing import Any, NoReturn
 
+from deltal_jax.errors import UserError
 from deltal_jax.guard import pulse
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -29,11 +30,14 @@ APART = 1.0
 LOOK = 1.0
 #: Of the grace period this part is for saving.
 RESERVE = 1 / 3
+#: The exit code of a run that a signal stopped and of which all is saved, if not 0: what starts it
+#: again has to know it from one that is done.
+STOPPED_EXIT = "DELTAL_STOPPED_EXIT"
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the run at once; the message says what is saved. `code`: 0 where that is all
-    there was to save, otherwise 128 + the signal's number, as a shell has it."""
+    """A signal ended the run at once; the message says what is saved. `code`: `stopped_code()`
+    where that is all there was to save, otherwise 128 + the signal's number, as a shell has it."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -42,6 +46,15 @@ class Stopped(KeyboardInterrupt):
 
 class Abandoned(Exception):
     """The unfinished step was given up, as the grace period is for saving now."""
+
+
+def stopped_code() -> int:
+    """The exit code of a run that was stopped and saved. Raises UserError where the variable that
+    sets it is no exit code."""
+    given = os.environ.get(STOPPED_EXIT) or "0"
+    if not given.isdecimal() or int(given) > 255:
+        raise UserError(f"{STOPPED_EXIT}: {given!r} is no exit code; set it to 75, or unset it")
+    return int(given)
 
 
 class Stop:
@@ -117,7 +130,7 @@ class Stop:
 
     def _end(self, number: signal.Signals, *, lossless: bool) -> NoReturn:
         kept, something = self.kept()
-        code = 0 if lossless and something else 128 + number
+        code = stopped_code() if lossless and something else 128 + number
         text = f"{number.name} {pulse.here()}: ended at once; {kept}"
         if not self.at_once:
             raise Stopped(text, code)

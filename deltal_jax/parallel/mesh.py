@@ -5,7 +5,9 @@ The mesh has three axes. Rows of tokens are split over "data" and "fsdp"; parame
 holds whole copies of what the other two split.
 """
 
+import importlib
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +20,10 @@ from deltal_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 #: Numbers of processes, as launchers that jax knows set them.
 LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+#: Number of processes on this host, as Open MPI sets it.
+LOCAL_SIZE = "OMPI_COMM_WORLD_LOCAL_SIZE"
+#: Which GPUs of its host a process uses, as jax has it.
+VISIBLE = ("jax_cuda_visible_devices", "jax_rocm_visible_devices")
 
 
 def make_mesh(
@@ -70,7 +76,8 @@ def start_distributed(
     them this is. What is None is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID, and then from what jax detects: on TPU pods, SLURM and Open MPI nothing need be
     set. Where nothing is set and nothing detected this is a single process: does nothing. A second
-    call does nothing either.
+    call does nothing either. Under Pathways (JAX_PLATFORMS=proxy) one process has all devices, and
+    only their proxy is made known to jax.
 
     `heartbeat_timeout`, in seconds (None: DELTAL_HEARTBEAT, or else 100): a process that dies
     inside a collective takes the others down at once; one that dies (or whose host hangs) outside
@@ -78,9 +85,13 @@ def start_distributed(
     checkpoint.
 
     Raises ValueError where some values are set and others are missing, RuntimeError where several
-    processes are meant and JAX already runs in this one.
+    processes are meant and JAX already runs in this one, UserError where Pathways' own package is
+    missing.
     """
     if jax.distributed.is_initialized():
+        return
+    if "proxy" in os.environ.get("JAX_PLATFORMS", "").split(","):
+        _start_pathways()
         return
     if heartbeat_timeout is None:
         heartbeat_timeout = _integer("DELTAL_HEARTBEAT") or 100
@@ -88,6 +99,7 @@ def start_distributed(
     processes = processes if processes is not None else _integer("JAX_NUM_PROCESSES")
     process_id = process_id if process_id is not None else _integer("JAX_PROCESS_ID")
     alone = (coordinator, processes, process_id) == (None, None, None)
+    visible = {name: jax.config.read(name) for name in VISIBLE} if has_host() else {}
     try:
         jax.distributed.initialize(
             coordinator, processes, process_id, heartbeat_timeout_seconds=heartbeat_timeout
@@ -102,6 +114,27 @@ def start_distributed(
         launched = any((_integer(name) or 1) > 1 for name in LAUNCHED)
         if not alone or launched or jax.process_count() > 1:
             raise
+    for name, devices in visible.items():
+        jax.config.update(name, devices)
+
+
+def _start_pathways() -> None:
+    try:
+        pathways = importlib.import_module("pathwaysutils")
+    except ImportError as error:
+        raise UserError(
+            "JAX_PLATFORMS: proxy is Pathways', which needs pip install pathwaysutils"
+        ) from error
+    pathways.initialize()
+
+
+def has_host() -> bool:
+    """Whether this process is the only one on its host, so that all GPUs there are its own: jax
+    gives each task of SLURM and Open MPI a single one, however many tasks a host has."""
+    if os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+        return False
+    slurm = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 1(x4)
+    return bool(re.fullmatch(r"1(\(x\d+\))?", slurm)) or os.environ.get(LOCAL_SIZE) == "1"
 
 
 def _integer(name: str) -> int | None:

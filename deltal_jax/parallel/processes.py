@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -20,12 +21,15 @@ from jax.experimental.multihost_utils import broadcast_one_to_all, process_allga
 from jaxtyping import Bool, Int, UInt8
 
 from deltal_jax.errors import UserError
+from deltal_jax.guard import supervise
 
 T = TypeVar("T")
 #: Seconds that a process which fails waits for the others to fail at the same point.
 PATIENCE = 5.0
 #: What an error of jax has in it where another process is gone: how it reached that one.
 CONNECTIONS = ("Gloo", "NCCL", "coordination service")
+#: Characters of an error of jax that are said.
+LONGEST = 300
 #: Bytes that are exchanged at least: sizes double, so that few programs are compiled.
 LEAST_BYTES = 1024
 
@@ -33,7 +37,7 @@ _failures = itertools.count()
 
 
 class PeerError(RuntimeError):
-    """Another process failed; the message is its own."""
+    """Another process failed, and the message is its own; or has other numbers than this one."""
 
 
 def is_first() -> bool:
@@ -57,6 +61,23 @@ def gather(value: Any) -> list[Any]:
     found = process_allgather(np.pad(sent, (0, _room(sizes.max()) - len(sent))))
     pairs = zip(found, sizes, strict=True)
     return [json.loads(row[:size].tobytes()) for row, size in pairs]
+
+
+def check_alike(what: str, *arrays: np.ndarray) -> None:
+    """Raises PeerError, in all processes, where these arrays are not the same in each, bit for bit.
+    One number is exchanged."""
+    if jax.process_count() == 1:
+        return
+    digest = 0
+    for array in arrays:
+        digest = zlib.crc32(np.ascontiguousarray(array).tobytes(), digest)
+    found = process_allgather(np.asarray(digest, np.uint32)).reshape(-1)
+    others = np.flatnonzero(found != found[0])
+    if len(others):
+        raise PeerError(
+            f"{what}: process {others[0]} has others than process 0; the processes of a run need "
+            "the same software, and accelerators of one kind"
+        )
 
 
 def on_each(function: Callable[[], T]) -> T:
@@ -143,9 +164,10 @@ def _fail_alike(own: Exception | None) -> None:
 
 
 def _is_loss(error: BaseException) -> bool:
-    return isinstance(error, jax.errors.JaxRuntimeError) and any(
-        name in str(error) for name in CONNECTIONS
-    )
+    """Whether another process is gone. What jax's runtime says of that is a ValueError where a
+    program that was called before is called again."""
+    kinds = (jax.errors.JaxRuntimeError, ValueError)
+    return isinstance(error, kinds) and any(name in str(error) for name in CONNECTIONS)
 
 
 def _end(error: BaseException) -> None:
@@ -153,8 +175,9 @@ def _end(error: BaseException) -> None:
     if isinstance(error, (UserError, ArithmeticError)):
         print(f"deltal: {error} (in process {index}, which ends)", file=sys.stderr)
     elif _is_loss(error):
-        what = " ".join(str(error).split())
-        print(f"deltal: process {index} lost another one and ends: {what}", file=sys.stderr)
+        what = " ".join(str(error).split())[:LONGEST]
+        if not supervise.tell(process=index, lost=what):  # otherwise the parent says it
+            print(f"deltal: process {index} lost another one and ends: {what}", file=sys.stderr)
     else:
         traceback.print_exception(error)
         print(f"deltal: process {index} failed and ends", file=sys.stderr)

@@ -123,7 +123,10 @@ def free_memory(devices: Sequence[Any] | None = None) -> int | None:
     if devices[0].platform == "cpu":
         available = _available_memory()
         return None if available is None else available // len(devices)
-    stats = [device.memory_stats() or {} for device in devices]
+    try:
+        stats = [device.memory_stats() or {} for device in devices]
+    except (jax.errors.JaxRuntimeError, NotImplementedError):  # devices behind a proxy
+        return None
     if not all("bytes_limit" in own for own in stats):
         return None
     return min(own["bytes_limit"] - own.get("bytes_in_use", 0) for own in stats)

@@ -115,6 +115,7 @@ def train(
     with signals.listening() as stop, contextlib.ExitStack() as held:
         start_distributed()
         signals.listen_anew()
+        supervise.tell(process=jax.process_index())
         stop.agree, stop.alone = agree, jax.process_count() == 1
         display = ProgressDisplay(quiet=quiet or not is_first())
         if not quiet:
@@ -166,7 +167,7 @@ def _train(
         journal = VerdictJournal(folder / run_folder.VERDICTS)
     run = Run(folder, setup, wanted, writer, checkpoints, display, profile, stop, journal, running)
     stop.grace, stop.kept = config.run.grace_seconds, run.kept
-    supervise.tell(str(checkpoints.folder), run.resume_command())
+    supervise.tell(folder=str(checkpoints.folder), resume=run.resume_command())
     if resume:
         keep_config(folder, setup)
     run.announce(newest, position, changes)

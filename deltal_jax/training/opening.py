@@ -66,7 +66,7 @@ def create_run(
         return str(folder)
 
     folder = Path(on_first(create))  # its name has the time in it, by one clock
-    on_each(lambda: run_folder.load_run_config(folder))
+    on_each(lambda: run_folder.await_run_config(folder))
     named = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
     return folder, dataclasses.replace(setup, config=named)
 

@@ -13,6 +13,7 @@ from deltal_jax.guard.failpoints import fail_point
 from deltal_jax.guard.watch import StepWatch
 from deltal_jax.model.architecture import attention_work
 from deltal_jax.model.lora import overlay
+from deltal_jax.parallel.processes import check_alike
 from deltal_jax.parallel.sharding import row_shards
 from deltal_jax.training.buckets import (
     make_buckets,
@@ -49,6 +50,12 @@ def update_policy(
     recomputed = time.perf_counter()
     alpha = first_exponent(setup.config) if live is None else live.alpha
     plan = make_updates(setup, batch, alpha, transform)
+    weighted = plan.weighted
+    check_alike(
+        "lengths, advantages and weights of a rollout batch",
+        *(batch.rollout.response_lengths, weighted.advantages),
+        *(weighted.weights, weighted.auxiliary_weights),
+    )
     if watch is not None:
         watch.begin(state, batch, plan.weighted, alpha)
     unweighted = plan.unweighted() if live is not None and live.compares else []

@@ -8,9 +8,10 @@ import json
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from etils import epath
@@ -22,6 +23,12 @@ from deltal_jax.metrics import FILE_NAME as METRICS
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
+#: How many seconds a start waits for another process to leave the folder: set by launchers.
+LOCK_WAIT = "DELTAL_LOCK_WAIT"
+#: Seconds between two looks at what others do to it.
+LOOK = 0.25
+#: Seconds within which all hosts see what one has written: NFS remembers what was not there.
+SEEN_WITHIN = 120.0
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
@@ -160,11 +167,12 @@ def fixed_fields(config: Config) -> dict[str, Any]:
 def locked(folder: Path) -> Iterator[None]:
     """Keep the folder for this process, until it ends or leaves this.
 
-    Raises UserError where another one has it: two that write would cut each other's metrics.
+    Raises UserError where another one has it, for `DELTAL_LOCK_WAIT` seconds (0): two that write
+    would cut each other's metrics. A host that died holds it on NFS until its lease is over.
     """
     with (folder / LOCK).open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, float(os.environ.get(LOCK_WAIT) or 0))
         except BlockingIOError as error:
             file.seek(0)
             raise UserError(
@@ -180,6 +188,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def _lock(file: IO[str], seconds: float) -> None:
+    """Raises BlockingIOError where another process has the lock for so long."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(LOOK)
+
+
 def checkpoints_folder(folder: Path, config: Config) -> epath.Path:
     """Where the checkpoints of a run are, which may be remote."""
     return epath.Path(config.checkpoint.dir or folder / CHECKPOINTS)
@@ -193,6 +213,20 @@ def best_metric(config: Config, task: str) -> str:
 def model_files(folder: Path) -> Path | None:
     """Where the run keeps its tokenizer and the config of its model; None before it has them."""
     return folder / MODEL if (folder / MODEL).is_dir() else None
+
+
+def await_run_config(folder: Path) -> Config:
+    """The resolved config of a run whose folder another host has made just now. Raises UserError
+    where this host does not see it."""
+    until = time.monotonic() + SEEN_WITHIN
+    while not (folder / CONFIG).is_file():
+        if time.monotonic() >= until:
+            raise UserError(
+                f"run.dir: {folder} was made by another host and is not here; name a folder on "
+                "storage that all hosts see"
+            )
+        time.sleep(LOOK)
+    return load_run_config(folder)
 
 
 def load_run_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config:
