@@ -46,6 +46,16 @@ def test_orthogonal_prompts_of_100_and_1000_tokens():
     assert found["GRPO (sequence_mean)"]["bias_cosine"] == pytest.approx(expected[1.0], abs=0.03)
 
 
+def test_micro_batches_are_of_four_responses_in_a_row():
+    """What the paper's reference calls DAPO Norm: token means of micro-batches, averaged."""
+    lengths = np.array([1, 2, 3, 2, 10, 20, 5, 5] * 4)
+    pool, batches = pool_of(lengths, 8), draw_batches(8, 2, rounds=3)
+    found = batch_weights(pool, batches, BY_NAME["DAPO Norm (local_token_mean)"].weigh)
+    tokens = np.repeat(lengths.reshape(8, 4).sum(1), 4)  # a group is a micro-batch here
+    often = found[found > 0] * np.broadcast_to(tokens, found.shape)[found > 0]
+    assert len(often) == len(found) * 8 and often == pytest.approx(often[0])
+
+
 def draw(rng, groups, samples=2):
     """Gradients whose mean and variance depend on the length, and that agree within a group."""
     lengths = np.exp(rng.normal(3.0, 0.8, (groups, 1)) + rng.normal(0, 0.5, (groups, samples)))

@@ -95,6 +95,8 @@ def test_a_plan_may_lie_over_a_base_and_name_an_experiment_beside_it(write):
         ("  one:", "  a/b:", "methods.a/b: a name is made of letters, digits"),
         ("of: two", "of: nobody", "controls.shuffled.of: 'nobody' is not one of"),
         ("kind: null", "kind: [1]", "controls.shuffled.kind: expected text, got [1]"),
+        ("{objective.alpha: 0.5}", "{of: two, set: {}}", "methods.one.of: of controls alone; move"),
+        ("{objective.alpha: 0.5}", "{kind: lr}", "methods.one.kind: of controls alone; move one"),
         ("permuted", "same", "controls.shuffled.weights: expected permuted, or nothing"),
         ("{objective.alpha: 0.5}", "{objective.alpha: 9}", "methods.one: objective.alpha: must be"),
         ("{objective.alpha: 0.5}", "5", "methods.one: expected fields by name, got 5"),

@@ -300,12 +300,18 @@ def test_a_short_entry_of_a_plan_is_its_set(tmp_path):
 def test_bad_folders_are_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"plan.yaml: no comparison's plan; run"):
         load_plan(tmp_path)
+    for text in ("[]", "experiment: x"):
+        (tmp_path / "plan.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"plan.yaml: no comparison's plan; delete it"):
+            load_plan(tmp_path)
     folder = write_cells(tmp_path, make_plan({"a": {}}, [0]), {"a": {0: make_cell("a", 0)}})
     path = folder / "cells" / "a" / "seed-0.json"
+    (path.parent / "seed-1.json").write_text("{")  # of another plan
+    assert load_cells(folder, load_plan(folder))["a"].keys() == {0}
     for text in ('{"format": 1', '{"format": 2}', "[]"):
         path.write_text(text)
         with pytest.raises(UserError, match=r"seed-0.json: .*; delete it and run it again"):
-            load_cells(folder)
+            load_cells(folder, load_plan(folder))
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line():

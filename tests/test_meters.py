@@ -123,6 +123,18 @@ def step_of(beta, seed, skipped=None):
     return [buckets], [UpdateReport(0.0, Meters({}, {}), norms, skipped, spreads)]
 
 
+def test_the_cv_is_of_the_window_as_a_whole():
+    """Steps whose own mean is under the noise do not make it unknown, nor a lucky one small."""
+    live, spent = LiveMeters(load_config("countdown-tiny", {"meters.variance": True})), [0.0, 0.0]
+    for step, factor in enumerate([9.0, 0.5, 0.9, 5.0, 1.0]):
+        buckets, (report,) = step_of(1.0, step)
+        noise = sum(report.spreads)
+        report.norms["optim/grad_norm"] = float(np.sqrt(factor * noise))
+        found = live.observe(buckets, [report])
+        spent = [spent[0] + noise, spent[1] + (factor - 1) * noise]
+        assert found["variance/cv"] == pytest.approx(np.sqrt(spent[0] / spent[1]))
+
+
 ADAPTS = {
     "objective.alpha": "beta",
     "objective.adaptive.start": 3,

@@ -12,6 +12,7 @@ from deltal_jax.config import load_config
 from deltal_jax.errors import UserError
 from deltal_jax.metrics import MetricsWriter
 from deltal_jax.training.opening import create_run
+from deltal_jax.training.plan import make_plan
 from deltal_jax.training.run_folder import create_run_folder, load_run_config
 from tests.fakes import config_refusal
 
@@ -127,6 +128,10 @@ def test_a_missing_package_is_said_before_there_is_a_run(tmp_path, monkeypatch):
     ):
         create_run("countdown-tiny", overrides, None, None)
     assert not (tmp_path / "run").exists()
+    plan = make_plan(load_config("countdown-tiny", overrides))  # perhaps for another machine
+    assert plan.notes == [
+        "note: run.trackers: wandb is not installed; pip install deltal-jax[wandb]"
+    ]
 
 
 def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from deltal_jax import Reward, train
 from deltal_jax.cli.main import main
 from deltal_jax.laboratory.measure import Settings, measure, sample
 from deltal_jax.laboratory.plots import write_plots
+from deltal_jax.report.reading import read_run
 from deltal_jax.training.trained import load_trained
 from tests.runs import TINY, mixed_reward
 
@@ -48,6 +49,14 @@ def test_equal_rewards_leave_the_score(folder, capsys):
     assert (found["groups"], found["responses"], found["step"]) == (8, 32, 1)
     assert found["gradients"]["score"]["bins"][0]["second_moment"] > 0
     assert {p.suffix for p in (folder / "variance").iterdir()} == {".json", ".svg"}
+    first = (folder / "variance" / "step-000001.json").read_bytes()
+    more = ["--groups", "8", "--bins", "2", "--json"]
+    for _ in range(2):  # others stay; the same again is one file
+        assert main(["variance", str(folder), *more]) == 0
+    other = json.loads((folder / "variance" / "step-000001-2.json").read_text())
+    assert len(list((folder / "variance").glob("*.json"))) == 2
+    assert (folder / "variance" / "step-000001.json").read_bytes() == first
+    assert other["settings"]["bins"] == 2 and read_run(folder).variance == other
 
 
 def test_a_measurement_holds_every_figure(measured):

@@ -1,6 +1,7 @@
 """Measure how gradients of a run's responses vary with length, and what aggregations make of it."""
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -92,9 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     found["settings"] |= {"seed": arguments.seed}
     result = head | found
-    name = f"step-{step:06d}"
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-    (to / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    name = _keep(to, step, text + "\n")
     plots = write_plots(to, name, result)
     if arguments.json:
         print(text)
@@ -103,6 +103,17 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"\n{time.perf_counter() - clock:.0f} s; written to {to}: {name}.json", end="")
     print("".join(f", {path.name}" for path in plots))
     return 0
+
+
+def _keep(folder: Path, step: int, text: str) -> str:
+    """Write a measurement beside others of its step; the file's name without its ending."""
+    for number in itertools.count(1):
+        name = f"step-{step:06d}" + (f"-{number}" if number > 1 else "")
+        path = folder / f"{name}.json"
+        if not path.exists() or path.read_text(encoding="utf-8", errors="replace") == text:
+            path.write_text(text, encoding="utf-8")
+            return name
+    raise AssertionError("numbers do not end")
 
 
 def _check(arguments: argparse.Namespace) -> None:

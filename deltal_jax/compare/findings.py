@@ -42,7 +42,8 @@ def write_findings(folder: Path) -> str:
     """
     from deltal_jax.compare.plots import draw_plots
 
-    found = find(load_cells(folder), load_plan(folder), load_frozen(folder))
+    plan = load_plan(folder)
+    found = find(load_cells(folder, plan), plan, load_frozen(folder))
     text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "findings.json").write_text(text + "\n", encoding="utf-8")
     plots = draw_plots(found, folder / "plots")
@@ -58,6 +59,8 @@ def load_plan(folder: Path) -> dict[str, Any]:
         plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: no comparison's plan; run `deltal compare` first") from error
+    if not isinstance(plan, dict) or not {"methods", "seeds", "reference"} <= set(plan):
+        raise UserError(f"{path}: no comparison's plan; delete it and run `deltal compare` again")
     for section in ("methods", "controls"):
         entries = plan.get(section) or {}
         plan[section] = {name: _long(entry or {}) for name, entry in entries.items()}
@@ -70,13 +73,19 @@ def _long(entry: dict[str, Any]) -> dict[str, Any]:
     return entry if KEYS & set(entry) else {"set": entry}
 
 
-def load_cells(folder: Path) -> dict[str, Cells]:
-    """The cells of a comparison that are there, by method and seed.
+def load_cells(folder: Path, plan: dict[str, Any]) -> dict[str, Cells]:
+    """The cells of a comparison that are there, by method and seed; files of methods and seeds that
+    the plan, as `load_plan` gives it, does not have are left alone.
 
     Raises UserError for a file that is no cell of this format.
     """
     found: dict[str, Cells] = {}
-    for path in sorted(folder.glob("cells/*/seed-*.json")):
+    planned = [
+        folder / "cells" / name / f"seed-{seed}.json"
+        for name, entry in (plan["methods"] | plan["controls"]).items()
+        for seed in _seeds(entry, plan)
+    ]
+    for path in filter(Path.exists, planned):
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

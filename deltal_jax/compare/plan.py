@@ -231,6 +231,9 @@ def _method(field: str, name: str, value: Any, seeds: tuple[int, ...], *, contro
     elif len(known) < len(tree):
         other = next(key for key in tree if key not in METHOD_KEYS)
         raise UserError(f"{field}.{other}: beside {known[0]}, fields stand under {field}.set")
+    for key in () if control else ("of", "kind"):
+        if key in tree:
+            raise UserError(f"{field}.{key}: of controls alone; move {name} there, or drop {key}")
     weights = tree.get("weights")
     if weights not in (None, "permuted"):
         raise UserError(f"{field}.weights: expected permuted, or nothing, got {weights!r}")

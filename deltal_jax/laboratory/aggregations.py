@@ -29,6 +29,7 @@ from deltal_jax.objective.aggregation import (
     constant_length,
     delta_l,
     inverse_variance,
+    local_token_mean,
     prompt_mean,
     sequence_mean,
     token_mean,
@@ -40,6 +41,8 @@ ROUNDS = 200
 #: What the others are compared with.
 REFERENCE = "ΔL α=1"
 UNWEIGHTED = "Dr. GRPO (constant_length)"
+#: Responses of a micro-batch of `local_token_mean`, as in the reference of arXiv 2509.07558.
+MICROBATCH = 4
 
 #: Weights from lengths, advantages, group ids and which responses count, each [B].
 Weigh = Callable[..., jax.Array]
@@ -93,6 +96,7 @@ def methods(beta: float | None) -> list[Method]:
         Method("GRPO (sequence_mean)", "sequence_mean", _plain(sequence_mean)),
         Method("DAPO (token_mean)", "token_mean", _plain(token_mean)),
         Method(UNWEIGHTED, "constant_length", _plain(constant_length)),
+        Method("DAPO Norm (local_token_mean)", "local_token_mean", _local),
         Method("prompt_mean", "prompt_mean", lambda x, adv, ids, w: prompt_mean(x, ids, where=w)),
         Method("balanced", "balanced", lambda x, adv, ids, w: balanced(x, adv, where=w)),
     ]
@@ -301,6 +305,10 @@ def batch_cosine(
     if not good.any():
         return None
     return float(np.mean((own * target).sum(1)[good] / np.sqrt(square[good])))
+
+
+def _local(lengths: jax.Array, adv: jax.Array, ids: jax.Array, where: jax.Array) -> jax.Array:
+    return local_token_mean(lengths, jnp.arange(len(lengths)) // MICROBATCH, where=where)
 
 
 def _plain(function: Callable[..., jax.Array]) -> Weigh:

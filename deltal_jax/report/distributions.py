@@ -195,14 +195,20 @@ def _heat_cell(cell: Row | None) -> str:
     return f'<div style="background:{colour}">{beta:.2f}<small>{ends}</small></div>'
 
 
+def _with_ends(found: Row, key: str) -> str:
+    value, low, high = (found.get(f"{key}{end}") for end in ("", "_low", "_high"))
+    if value is None:
+        return "not resolvable"
+    return f"{value:.3g}" + (f" ({low:.3g} – {high:.3g})" if low is not None else "")
+
+
 def compared_aggregations(variance: Row) -> str:
     """A table of what the measurement found of each aggregation; empty without any."""
     names = {"bias_cosine": "cosine to the unweighted gradient", "cv": "CV"}
     names |= {"variance": "variance", "cosine": "cosine of one batch to a target"}
     rows = []
     for found in variance.get("aggregations") or ():
-        known = (found.get(key) for key in names)
-        shown = ("not resolvable" if value is None else f"{value:.3g}" for value in known)
+        shown = (_with_ends(found, key) for key in names)
         rows.append([text(found.get("name")), *shown])
     head = ["aggregation", *names.values()]
     return f"<h3>Aggregations on the same responses</h3>{table(head, rows)}" if rows else ""

@@ -18,6 +18,7 @@ from deltal_jax.metrics import FILE_NAME, load_metrics
 Row = dict[str, Any]
 Table = dict[str, np.ndarray]  # one row a step; a metric without any finite value has no column
 PHASES = ("sft", "rl", "eval")
+NUMBER = re.compile(r"\d+")
 TIMES = ("rollout", "reward", "old_logprob", "update", "checkpoint", "evaluate")
 
 
@@ -34,7 +35,7 @@ class RunData:
     summary: Row
     #: `rollouts/step-N.json`, in order of steps.
     rollouts: list[Row]
-    #: The newest of `variance/step-N.json`; empty where there is none.
+    #: The newest of `variance/step-N.json` and `step-N-2.json`; empty where there is none.
     variance: Row
     #: The step of the newest evaluation that has samples, and these.
     samples: tuple[str, list[Row]]
@@ -71,8 +72,9 @@ def read_run(folder: Path) -> RunData:
 
 
 def _by_step(folder: Path, ending: str = "json") -> list[Path]:
-    """The files of a folder that are named by step, in that order."""
-    return sorted(folder.glob(f"step-*.{ending}"), key=lambda path: (len(path.name), path.name))
+    """The files of a folder that are named by step, in that order, then by their number."""
+    found = folder.glob(f"step-*.{ending}")
+    return sorted(found, key=lambda path: [int(number) for number in NUMBER.findall(path.stem)])
 
 
 def _load(path: Path, parse: Callable[[str], Any]) -> Row:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from deltal_jax.config import Config
-from deltal_jax.objective.adaptive import BETAS, Pairs, agreement, fit_growth, scales
+from deltal_jax.objective.adaptive import BETAS, Growth, Pairs, agreement, fit_growth, scales
 from deltal_jax.training.objective import first_exponent
 from deltal_jax.training.step import Update, UpdateReport
 from deltal_jax.types import Bucket, TrainState
@@ -37,6 +37,35 @@ class Seen:
     toward: list[float]
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one step tells of its variance."""
+
+    pairs: Pairs
+    #: Σ over its updates of tr Var ĝ, measured and as steps before predicted it, and of ‖ĝ‖².
+    noise: float
+    predicted: float | None
+    square: float
+
+    def saved(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "count": self.pairs.count,
+            "log_scales": self.pairs.log_scales.tolist(),
+            "ratios": self.pairs.ratios.tolist(),
+            "noise": self.noise,
+            "predicted": self.predicted,
+            "square": self.square,
+        }
+
+    @classmethod
+    def load(cls, kept: dict[str, Any]) -> "Step":
+        """From what `saved` gave; older checkpoints have the pairs alone."""
+        sums = (np.asarray(kept[name]) for name in ("log_scales", "ratios"))
+        rest = kept.get("noise", 0.0), kept.get("predicted"), kept.get("square", 0.0)
+        return cls(Pairs(kept["count"], *sums), *rest)
+
+
 class LiveMeters:
     """Of one run, from step to step. `saved` is what `saved` gave: a run that goes on from it does
     what one that never stopped does."""
@@ -47,18 +76,12 @@ class LiveMeters:
         #: The exponent of the coming step.
         self.alpha: float = kept["alpha"]
         self._steps: int = kept["steps"]
-        self._window = [
-            Pairs(x["count"], np.asarray(x["log_scales"]), np.asarray(x["ratios"]))
-            for x in kept["window"]
-        ]
+        self._window = [Step.load(x) for x in kept["window"]]
         self._seen = [Seen(**x) for x in kept["seen"]]
 
     def saved(self) -> dict[str, Any]:
         """All that the next steps depend on, as plain JSON."""
-        window = [
-            {"count": x.count, "log_scales": x.log_scales.tolist(), "ratios": x.ratios.tolist()}
-            for x in self._window
-        ]
+        window = [step.saved() for step in self._window]
         seen = [dataclasses.asdict(x) for x in self._seen]
         return {"steps": self._steps, "alpha": self.alpha, "window": window, "seen": seen}
 
@@ -103,30 +126,35 @@ class LiveMeters:
             self._seen = [*self._seen, seen][-WINDOW:]
 
     def _variance(self, made: Sequence[tuple[Sequence[Bucket], UpdateReport]]) -> dict[str, float]:
-        """Adds the step to the window; what was predicted is from the window before."""
-        before, nan = fit_growth(self._window), math.nan
+        """Adds the step to the window; what was predicted is from the window before. A single
+        step's signal is a small difference of noisy numbers, so the CV is that of the window."""
+        before = self._growth()
         spreads = np.asarray([y for _, report in made for y in report.spreads])
         moved = [moves(bucket) for buckets, _ in made for bucket in buckets]
         grid = np.asarray([scales(*move, BETAS) for move in moved]).reshape(-1, len(BETAS))
-        self._window = [*self._window, Pairs.of(spreads, grid)][-WINDOW:]
-        after = fit_growth(self._window)
-        noise = float(np.sum(spreads))
-        signal = sum(report.norms["optim/grad_norm"] ** 2 for _, report in made) - noise
-        predicted = nan
+        predicted = None
         if before is not None:
             at = np.asarray([before.beta])
             predicted = before.scale * sum(float(scales(*move, at)[0]) for move in moved)
+        square = sum(report.norms["optim/grad_norm"] ** 2 for _, report in made)
+        step = Step(Pairs.of(spreads, grid), float(np.sum(spreads)), predicted, square)
+        self._window = [*self._window, step][-WINDOW:]
+        after = self._growth()
+        foretold = [x for x in self._window if x.predicted is not None]
         return {
-            "variance/beta": nan if after is None else after.beta,
-            "variance/beta_pairs": float(sum(pairs.count for pairs in self._window)),
-            "variance/cv": math.sqrt(noise / signal) if signal > 0 else nan,
-            "variance/cv_predicted": math.sqrt(predicted / signal) if signal > 0 else nan,
+            "variance/beta": math.nan if after is None else after.beta,
+            "variance/beta_pairs": float(sum(x.pairs.count for x in self._window)),
+            "variance/cv": _cv([x.noise for x in self._window], self._window),
+            "variance/cv_predicted": _cv([x.predicted or 0.0 for x in foretold], foretold),
         }
+
+    def _growth(self) -> Growth | None:
+        return fit_growth([step.pairs for step in self._window])
 
     def _follow(self) -> None:
         """The exponent of the next step; the old one where nothing better is known."""
         low, high = self.config.objective.adaptive.range
-        growth = fit_growth(self._window)
+        growth = self._growth()
         if self.config.objective.alpha == "beta" and growth is not None:
             self.alpha = min(max(growth.beta, low), high)
         elif self.config.objective.alpha == "mse" and self._seen:
@@ -135,6 +163,12 @@ class LiveMeters:
             toward = np.mean([x.toward for x in self._seen], axis=0)
             alphas = np.linspace(low, high, EXPONENTS)
             self.alpha = float(alphas[np.argmax(agreement(alphas, lengths, inner, toward))])
+
+
+def _cv(noise: Sequence[float], steps: Sequence[Step]) -> float:
+    """√(noise / ‖E ĝ‖²), over the steps; NaN where the mean is under the noise."""
+    signal = sum(step.square - step.noise for step in steps)
+    return math.sqrt(sum(noise) / signal) if signal > 0 else math.nan
 
 
 def length_classes(buckets: Sequence[Bucket]) -> tuple[np.ndarray, list[float]]:

@@ -5,6 +5,7 @@ import dataclasses
 from jax.sharding import AbstractMesh, Mesh
 
 from deltal_jax.config import Config, MeshConfig
+from deltal_jax.errors import UserError
 from deltal_jax.model import huggingface
 from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.hub import find_checkpoint, is_here
@@ -12,6 +13,7 @@ from deltal_jax.model.published import PUBLISHED
 from deltal_jax.tasks.base import Task
 from deltal_jax.tasks.catalog import make_task
 from deltal_jax.tasks.files import missing_files
+from deltal_jax.trackers import check_trackers
 from deltal_jax.training.devices import lacking_devices, make_training_mesh, shape_of_mesh
 from deltal_jax.training.setup import check_config, check_setup, make_architecture, make_setup
 
@@ -40,6 +42,10 @@ def make_plan(config: Config) -> Plan:
     missing = missing_files(config.task)
     if missing:
         notes.append(f"note: not here, so not checked: {', '.join(missing)}")
+    try:
+        check_trackers(config)
+    except UserError as error:
+        notes.append(f"note: {error}")
     away = model.path is not None and not is_here(model.path, model.revision)
     published = PUBLISHED.get(model.path or "") if away else None
     if published is not None:
