@@ -31,7 +31,7 @@ from deltal_jax.types import Prompts, Rollout
 
 PLAIN = Architecture(vocab=23, layers=2, d_model=16, heads=2, kv_heads=2, head_dim=8, d_ff=24)
 #: Soon compiled, for laws that need many shapes.
-SHALLOW = dataclasses.replace(PLAIN, layers=1, kv_heads=1, remat=False)
+SHALLOW = dataclasses.replace(PLAIN, layers=1, kv_heads=1, remat="none")
 #: Everything that may differ: grouped heads, a head_dim of its own, tied embeddings, remat off.
 GROUPED = Architecture(
     vocab=23,
@@ -43,7 +43,7 @@ GROUPED = Architecture(
     d_ff=24,
     tied_embeddings=True,
     rope_theta=500.0,
-    remat=False,
+    remat="none",
 )
 _SMALL = dataclasses.replace(GROUPED, layers=2, tied_embeddings=False)
 #: One architecture for each family of models, with all that the family may have.

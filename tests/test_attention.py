@@ -177,7 +177,7 @@ def test_a_traced_layer_is_local_or_not_as_a_known_one(kernel):
 
 def test_a_model_is_the_same_by_splash():
     """Scanned layers of which some are local, recomputed in the backward pass: packed rows."""
-    arch = dataclasses.replace(fakes.FAMILIES["gemma3"], remat=True)
+    arch = dataclasses.replace(fakes.FAMILIES["gemma3"], remat="layer")
     params = fakes.model(fakes.FAMILIES["gemma3"])[1]
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, 23, (2, 14)))
     segments = jnp.asarray([[0] * 6 + [1] * 8, [2] * 14])

@@ -158,7 +158,8 @@ def test_described_fields_are_those_of_the_config_with_their_defaults_and_a_help
     assert rows["objective.scope"][:2] == ("batch|minibatch|group", "batch")
     assert rows["length_buckets"][:2] == ("list of int or null", None)
     assert rows["objective.rho"][:2] == ("list of float or null", None)
-    assert rows["model.remat"][:2] == ("true|false", False)
+    assert rows["model.remat"][:2] == ("none|layer|attention|dots|offload", "none")
+    assert rows["rl.optimizer.offload"][:2] == ("true|false", False)
     assert all(help_.strip() for _, _, help_ in rows.values())
     # To learn: both optimizers have the same fields, and a run reads the section of one task.
     learnt = [name for name in rows if not name.startswith("sft.optimizer.")]

@@ -30,7 +30,7 @@ KEY = jax.random.key(3)
 @pytest.fixture(scope="module")
 def measured():
     """A setup of two layers with its parameters, responses, advantages, and exact Grams."""
-    options = {"model.layers": 2, "length_buckets": [16], "rl.pack": False, "model.remat": False}
+    options = {"model.layers": 2, "length_buckets": [16], "rl.pack": False, "model.remat": "none"}
     setup = make_setup(load_config("countdown-tiny", TINY | options))
     params = init_params(setup, jax.random.key(0))
     batch = rollout(8, longest=14, vocab=setup.tokenizer.vocab_size)

@@ -111,7 +111,7 @@ def test_a_run_is_reopened_with_the_config_that_it_was_started_with():
     [
         ("rl.steps", 777),
         ("model.attention", "xla"),
-        ("model.remat", True),
+        ("model.remat", "layer"),
         ("rl.tokens_per_microbatch", 512),
         ("sft.log_every", 3),
         ("rollout.slots", 5),

@@ -22,7 +22,7 @@ ARCHITECTURE = Architecture(
     head_dim=64,
     d_ff=2816,
     tied_embeddings=True,
-    remat=False,
+    remat="none",
 )
 ROWS, TOKENS = 4, 512
 

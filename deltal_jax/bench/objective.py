@@ -61,7 +61,7 @@ def share_of_update(rounds: int) -> dict[str, float]:
     """Seconds of weights and segment reduction (forward and backward) of one batch, and their
     share of the whole update."""
     graphdef, params = split_model(
-        init_model(Architecture(**workload.SIZES, remat=False), jax.random.key(0))
+        init_model(Architecture(**workload.SIZES, remat="none"), jax.random.key(0))
     )
     arrays = workload.batch_arrays(0)
     advantages = arrays.pop("advantages")

@@ -84,7 +84,7 @@ class Side:
         samples: int = 1,
     ):
         self.samples = samples
-        self.architecture = Architecture(**workload.SIZES, remat=False)
+        self.architecture = Architecture(**workload.SIZES, remat="none")
         graphdef, self.params = split_model(init_model(self.architecture, jax.random.key(0)))
         options = SamplingOptions(slots=slots, max_response_length=limit, eos_ids=ends)
         self.engine = Engine(graphdef, options)

@@ -80,7 +80,7 @@ class _Side:
     gradient, AdamW."""
 
     def __init__(self, limit: int, *, pack: bool):
-        self.architecture = Architecture(**workload.SIZES, remat=False)
+        self.architecture = Architecture(**workload.SIZES, remat="none")
         graphdef, params = split_model(init_model(self.architecture, jax.random.key(0)))
 
         def token_loss(logprobs: jax.Array, advantages: jax.Array, bucket: Bucket) -> jax.Array:

@@ -30,6 +30,8 @@ def build(kind: type, tree: Any, prefix: str = "") -> Any:
         elif fields[name].default == () and value == []:  # only here is an empty list something
             values[name] = ()
         else:
+            if isinstance(value, bool):
+                value = fields[name].metadata["former"].get(value, value)
             values[name] = _convert(hints[name], value, path)
             _bound(values[name], fields[name].metadata, path)
     return kind(**values)

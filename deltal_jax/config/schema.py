@@ -36,6 +36,7 @@ Advantage = Literal[
 Surrogate = Literal["clipped", "reinforce", "gspo", "gspo_token", "cispo", "gmpo", "sapo", "dppo"]
 Correction = Literal["none", "token_truncate", "token_mask", "sequence_mask"]
 DType = Literal["float32", "bfloat16"]
+Remat = Literal["none", "layer", "attention", "dots", "offload"]
 Tracker = Literal["wandb", "trackio"]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -90,7 +91,13 @@ class ModelConfig:
     tied_embeddings: bool = field(False, "share the embedding with the output head")
     rope_theta: float = field(10_000.0, "base of the rotary frequencies", low=1.0)
     norm_epsilon: float = field(1e-6, "epsilon of RMSNorm", low=0.0)
-    remat: bool = field(False, "recompute layers in the backward pass: less memory, more work")
+    remat: Remat = field(
+        "none",
+        "what the backward pass computes anew, for less memory: none; layer: all of each layer; "
+        "attention: all but attention; dots: only what is between matrix products; offload: as "
+        "layer, with the layers' inputs in the host's memory",
+        former={False: "none", True: "layer"},
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +128,9 @@ class OptimizerConfig:
     )
     moment_dtype: DType = field(
         "float32", "type that Adam's moments are stored in; bfloat16 is rounded stochastically"
+    )
+    offload: bool = field(
+        False, "keep them in the host's memory, and on the devices only for the step itself"
     )
 
 

@@ -40,6 +40,7 @@ ROUNDINGS = (
     "model.compute_dtype",
     "model.attention",
     "model.remat",
+    "rl.optimizer.offload",
     "length_buckets",
     "rl.tokens_per_microbatch",
     "rl.pack",

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 from deltal_jax.model.attention import RopeScaling, scaled
 from deltal_jax.model.kernels import Kernel
 from deltal_jax.model.lora import LoRA
+from deltal_jax.model.remat import Remat
 
 #: Whether a layer is a local one: known beforehand, or traced in a scan over layers.
 Local = bool | Bool[Array, ""]
@@ -29,8 +30,8 @@ class Architecture:
     tied_embeddings: bool = False
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-6
-    #: Recompute each layer in the backward pass: less memory, a third more work, the same numbers.
-    remat: bool = True
+    #: What the backward pass computes anew, for less memory: see `model.remat`.
+    remat: Remat = "layer"
     #: Type of the activations, to which weights are cast where they are used; None: that of the
     #: weights. Norms, softmax and logits are in float32 or better all the same.
     compute_dtype: str | None = None

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from deltal_jax.errors import UserError
+from deltal_jax.model.remat import ATTENTION
 from deltal_jax.parallel.sharding import MESH_AXES, ROW_AXES
 
 Kernel = Literal["xla", "cudnn", "splash"]
@@ -233,7 +234,10 @@ def _splash(
         block_kv_dq=block,
     )
     kernel = splash.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * H), block_sizes=sizes, interpret=interpret
+        masks.MultiHeadMask([mask] * H),
+        block_sizes=sizes,
+        residual_checkpoint_name=ATTENTION,
+        interpret=interpret,
     )
 
     def row(q: Array, k: Array, v: Array, owners: Array) -> Any:

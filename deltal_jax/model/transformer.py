@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from deltal_jax.model.architecture import Architecture, Local, rope_frequencies, window_of
@@ -29,6 +30,7 @@ from deltal_jax.model.attention import (
 from deltal_jax.model.cache import Cache, LayerCache, init_cache, layer_cache, time_of, write_token
 from deltal_jax.model.lora import LoRALinear
 from deltal_jax.model.precision import look_up, wide_product
+from deltal_jax.model.remat import ATTENTION, rematerialised
 
 #: The parameters of each layer.
 Layers = list[Any]
@@ -143,6 +145,8 @@ class Block(nnx.Module):
         q, k, v = self.attention.project(self.attention_norm(x), turns)
         kernel = self.arch.attention
         found = attend_rows(q, k, v, segment_ids, window_of(self.arch), local, kernel=kernel)
+        if kernel == "xla":  # the others name what their gradients need
+            found = checkpoint_name(found, ATTENTION)
         return self._add(x, found), (k, v)
 
     def step(
@@ -220,11 +224,10 @@ class Transformer(nnx.Module):
             turns = rotations(positions, rope_frequencies(self.arch, local))
             return block.rows(x, turns, segment_ids, local)[0], None
 
-        if self.arch.remat:
-            body = jax.checkpoint(body)
         layers = stacked, jnp.asarray(self._local())
-        unroll = self.arch.layers <= UNROLLED_LAYERS
-        x, _ = jax.lax.scan(body, self.embedded(tokens), layers, unroll=unroll)
+        unroll = self.arch.layers <= UNROLLED_LAYERS and self.arch.remat == "none"
+        layer = rematerialised(body, self.arch.remat)
+        x, _ = jax.lax.scan(layer, self.embedded(tokens), layers, unroll=unroll)
         return self.norm(x)
 
     def embedded(self, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape D"]:

@@ -7,20 +7,19 @@ from jax.sharding import AbstractMesh, Mesh
 
 from deltal_jax.config import Advantage, Aggregation, Config, Correction, OptimizerConfig
 from deltal_jax.model.architecture import Architecture
+from deltal_jax.model.attention import WHOLE_ROW
 from deltal_jax.model.lora import overlay, trained
 from deltal_jax.model.transformer import abstract_params, parameter_count
-from deltal_jax.objective.logprobs import chunk_size
 from deltal_jax.parallel.mesh import describe_mesh
 from deltal_jax.parallel.sharding import parameter_shardings, row_shards
 from deltal_jax.rollout.checks import sampling_memory
 from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.tasks.base import Task
+from deltal_jax.training.activations import FLOAT_BYTES, activation_bytes, offloaded_bytes
 from deltal_jax.training.buckets import bucket_rows
 from deltal_jax.training.meters import CLASSES
 from deltal_jax.training.objective import first_exponent, normalizer, surrogate_options
 
-#: Of what the update adds and computes in, whatever is stored.
-FLOAT_BYTES = 4
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -243,6 +242,8 @@ def describe_model(
     else:
         kinds = f"stored in {model.param_dtype}"
     moments = config.rl.optimizer.moment_dtype
+    if config.rl.optimizer.offload:
+        moments = f"{moments} in the host's memory"
     said = f"{model.path or 'new model'}: {total:,} parameters, {own:,} trained"
     said = f"{said}; {kinds}, computed in {model.compute_dtype}, moments in {moments}\n"
     if mesh is not None:
@@ -303,32 +304,41 @@ def _held(arch: Architecture, mesh: Mesh | AbstractMesh | None) -> tuple[int, in
 def memory_estimate(
     config: Config, arch: Architecture, mesh: Mesh | AbstractMesh | None = None
 ) -> dict[str, int]:
-    """Bytes that a step needs on each of its devices, by part; an estimate from shapes and
-    types."""
+    """Bytes that a step needs on each of its devices, by part; an estimate from shapes and types.
+    "of_host": what lies in the host's memory for each device, where anything is offloaded."""
     model, (own, frozen) = config.model, _held(arch, mesh)
-    narrow, stored, computed = (
-        BYTES[name] for name in ("bfloat16", model.param_dtype, model.compute_dtype)
-    )
-    edges, budget = config.bucket_edges, config.rl.tokens_per_microbatch
-    parts_of_rows = (1 if mesh is None else row_shards(mesh)) * (2 if config.halves else 1)
-    activations = max(
-        _activations(
-            arch, bucket_rows(edge, budget, parts_of_rows) // parts_of_rows, edge, computed
-        )
-        for edge in edges
-    )
+    narrow, stored = BYTES["bfloat16"], BYTES[model.param_dtype]
+    buckets = _largest_buckets(config, mesh)
+    activations = max(activation_bytes(arch, *bucket) for bucket in buckets)
+    optimizer, gradients = config.rl.optimizer, _gradients(config) * own * FLOAT_BYTES
+    moments = _moments(optimizer) * own * BYTES[optimizer.moment_dtype]
+    host = max(offloaded_bytes(arch, *bucket) for bucket in buckets)
+    if optimizer.offload:
+        host += moments
+        # On the devices while the step is taken, when nothing but the sum of gradients is there.
+        moments = max(0, moments - activations - (gradients - own * FLOAT_BYTES))
     copied = config.rollout.ahead and config.rollout.devices is None
     parts = {
         "parameters": own * stored + frozen * narrow,
-        "optimizer": _moments(config.rl.optimizer) * own * BYTES[config.rl.optimizer.moment_dtype],
-        "gradients": _gradients(config) * own * FLOAT_BYTES,
+        "optimizer": moments,
+        "gradients": gradients,
         "reference": own * stored if config.objective.kl_coefficient else 0,
         "activations": activations,
         "sampling_copy": copied * (own * stored + frozen * narrow),
     }
     if config.rollout.engine == "jax":
         parts |= sampling_parts(config, arch, mesh)
-    return parts | {"total": sum(parts.values())}
+    total = {"total": sum(parts.values())}
+    return parts | total | ({"of_host": host} if host else {})
+
+
+def _largest_buckets(config: Config, mesh: Mesh | AbstractMesh | None) -> list[tuple[int, int]]:
+    """Rows and width, on one device, of the micro-batches that may take the most memory: scores are
+    whole up to a length, and the longest may be of more tokens than the budget."""
+    parts = (1 if mesh is None else row_shards(mesh)) * (2 if config.halves else 1)
+    edges, budget = config.bucket_edges, config.rl.tokens_per_microbatch
+    widest = max((edge for edge in edges if edge <= WHOLE_ROW), default=edges[-1])
+    return [(bucket_rows(x, budget, parts) // parts, x) for x in {widest, edges[-1]}]
 
 
 def _moments(optimizer: OptimizerConfig) -> int:
@@ -371,14 +381,3 @@ def sampling_parts(
         shards=shards,
         tensor=tensor,
     )
-
-
-def _activations(arch: Architecture, rows: int, width: int, itemsize: int) -> int:
-    """Bytes kept for the backward pass of one micro-batch."""
-    tokens = rows * width
-    heads = arch.heads * arch.head_dim
-    per_layer = 6 * arch.d_model + 4 * heads + 4 * arch.kv_heads * arch.head_dim
-    per_layer += 4 * arch.d_ff + 2 * arch.heads * width
-    layers = per_layer + (arch.layers - 1) * arch.d_model if arch.remat else arch.layers * per_layer
-    logits = chunk_size(tokens, arch.vocab) * arch.vocab
-    return tokens * layers * itemsize + 3 * logits * FLOAT_BYTES

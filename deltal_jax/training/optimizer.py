@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, BFloat16, Float, Shaped
 
 from deltal_jax.config import OptimizerConfig
+from deltal_jax.model.remat import PINNED_HOST
 
 #: Keeps the draws of rounding apart from those of sampling with the same root key.
 ROUNDING_STREAM = 0x726F756E
@@ -86,6 +87,14 @@ def optimizer_meter(config: OptimizerConfig) -> Callable[[Array, Any], dict[str,
         return found
 
     return meter
+
+
+def on_host(shardings: Any, opt_state: Any) -> Any:
+    """The shardings of an optimizer's state with its moments in the host's memory, where each
+    device has its own part; counts stay on the devices."""
+    return jax.tree.map(
+        lambda own, x: own.with_memory_kind(PINNED_HOST) if x.ndim else own, shardings, opt_state
+    )
 
 
 def widen(tree: Any) -> Any:

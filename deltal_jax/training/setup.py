@@ -21,6 +21,7 @@ from deltal_jax.model.families import architecture_of
 from deltal_jax.model.hub import find_checkpoint, pinned
 from deltal_jax.model.kernels import OWN, PACKS, Kernel, check_kernel, default_attention
 from deltal_jax.model.lora import LoRA, merge_adapters, overlay, trained
+from deltal_jax.model.remat import check_pinned_host
 from deltal_jax.model.tensor_files import fingerprint, read_object
 from deltal_jax.model.transformer import (
     abstract_params,
@@ -128,8 +129,21 @@ def check_setup(setup: Setup, *, weights: bool = True, memory: bool = True) -> N
         sampling = make_sampling_mesh(config) or setup.mesh
         parts = sampling_parts(config, setup.architecture, setup.mesh)
         check_memory(rollout.slots, parts, free_memory(sampling and sampling.local_devices))
+    if memory:
+        _check_offload(setup)
     encode_problems(setup, setup.task.held_out(config.evaluate.problems))
     draw_training(setup, 0, 1)
+
+
+def _check_offload(setup: Setup) -> None:
+    """Raises UserError where the devices do not reach the memory that something is to lie in."""
+    config = setup.config
+    device = jax.local_devices()[0] if setup.mesh is None else setup.mesh.local_devices[0]
+    if config.model.remat == "offload":
+        check_pinned_host("model.remat", device, "layer")
+    for phase, options in (("sft", config.sft.optimizer), ("rl", config.rl.optimizer)):
+        if options.offload:
+            check_pinned_host(f"{phase}.optimizer.offload", device, "false")
 
 
 def check_config(config: Config, checkpoint_config: dict[str, Any] | None) -> None:
@@ -306,6 +320,7 @@ def _make_update(
         terms,
         mesh=mesh,
         moment_dtype=options.moment_dtype,
+        offload=options.offload,
         halves=reinforced and halves,
         remembers=reinforced and remembers,
         meter=optimizer_meter(options) if reinforced else None,

@@ -32,7 +32,7 @@ from deltal_jax.parallel.sharding import (
     state_shardings,
 )
 from deltal_jax.training.loss import LossTerms, Meters, bucket_logprobs, microbatch_loss
-from deltal_jax.training.optimizer import ROUNDING_STREAM, round_like, widen
+from deltal_jax.training.optimizer import ROUNDING_STREAM, on_host, round_like, widen
 from deltal_jax.types import Bucket, TrainState
 
 #: Share that the running mean of past gradients keeps of itself in each update.
@@ -85,6 +85,7 @@ class Update:
         *,
         mesh: Mesh | None = None,
         moment_dtype: str = "float32",
+        offload: bool = False,
         halves: bool = False,
         remembers: bool = False,
         meter: OptimizerMeter | None = None,
@@ -92,6 +93,8 @@ class Update:
         self.optimizer = optimizer
         self.mesh = mesh
         self.moment_dtype = moment_dtype
+        #: Whether moments lie in the host's memory between steps.
+        self.offload = offload
         self.meter = meter
         #: Whether the state has a running mean of past gradients.
         self.remembers = remembers
@@ -166,7 +169,7 @@ class Update:
         """Compiled such that what it gives lies on the mesh as `layout` says of its first argument.
         What the compiler chose for itself could be another layout, or the same by another name, for
         which all that takes it would be compiled anew."""
-        if self.mesh is None:
+        if self.mesh is None and not self.offload:
             return self._jit(function, **options)
         compiled: dict[Any, Callable[..., Any]] = {}
 
@@ -178,14 +181,26 @@ class Update:
 
         return call
 
+    def layout(self, state: TrainState) -> TrainState:
+        """The sharding of each array of a state, of arrays or shapes: on the mesh or the device,
+        and of moments that are offloaded in the host's memory there."""
+        if self.mesh is not None:
+            found = state_shardings(self.mesh, state)
+        else:
+            found = jax.tree.map(lambda _: self._device, state)
+        if not self.offload:
+            return found
+        moments = on_host(found.opt_state, state.opt_state)
+        return dataclasses.replace(found, opt_state=moments)
+
     def _as_state(self, state: TrainState) -> Any:
         """The layout of a state, like this one, and metrics."""
-        assert self.mesh is not None
-        return state_shardings(self.mesh, state), replicated_sharding(self.mesh)
+        return self.layout(state), None if self.mesh is None else replicated_sharding(self.mesh)
 
     def _as_sum(self, params: Any) -> Any:
         """The layout of a gradient by these parameters, and of a number."""
-        assert self.mesh is not None
+        if self.mesh is None:
+            return None
         return self._as_gradient(params), replicated_sharding(self.mesh)
 
     def _as_gradient(self, params: Any) -> Gradient:
@@ -210,9 +225,7 @@ class Update:
 
         kind = jax.tree.structure(params), reference, donate
         if kind not in self._inits:
-            shardings = self._device
-            if self.mesh is not None:
-                shardings = state_shardings(self.mesh, jax.eval_shape(init, params, key))
+            shardings = self.layout(jax.eval_shape(init, params, key))
             donated = (0,) if donate else ()
             self._inits[kind] = jax.jit(init, donate_argnums=donated, out_shardings=shardings)
         return self._inits[kind](params, key)
@@ -264,7 +277,10 @@ class Update:
     def _apply(self, state: TrainState, gradient: Gradient) -> tuple[TrainState, dict[str, Array]]:
         """The optimizer's step; none where the loss, the gradient or the step is not finite: then
         the state stays bit for bit, and with it the place in the schedule."""
-        stored = trained(state.params), state.opt_state
+        moments = state.opt_state
+        if self.offload:
+            moments = jax.device_put(moments, jax.memory.Space.Device)
+        stored = trained(state.params), moments
         params, opt_state = widen(stored)
         updates, new_state = self.optimizer.update(gradient.grads, opt_state, params)
         norms = {

@@ -20,7 +20,6 @@ from deltal_jax.config.rules import SHAPE
 from deltal_jax.errors import UserError
 from deltal_jax.model import huggingface
 from deltal_jax.model.lora import overlay
-from deltal_jax.parallel.sharding import state_shardings
 from deltal_jax.training import run_folder
 from deltal_jax.training.setup import (
     Setup,
@@ -46,6 +45,8 @@ class Trained:
 
 #: Fields of a config that has no mesh of its own.
 ONE_DEVICE = {f"mesh.{field.name}": None for field in dataclasses.fields(MeshConfig)}
+#: Fields of one whose moments lie on the devices.
+ON_DEVICE = {f"{phase}.optimizer.offload": False for phase in ("sft", "rl")}
 #: Which RL steps of a run; "best": by its own evaluations; None: its newest checkpoint, of whatever
 #: phase.
 Steps = Sequence[int] | Literal["all", "best"] | None
@@ -66,8 +67,8 @@ def load_steps(
     """
     enable_compile_cache()
     origin = {"config": run_folder.fixed_fields(run_folder.load_run_config(folder))}
-    # Who trained on many devices may look at it on one.
-    config = run_folder.load_run_config(folder, ONE_DEVICE | overrides)
+    # Who trained on many devices may look at it on one, which may reach no memory of the host.
+    config = run_folder.load_run_config(folder, ONE_DEVICE | ON_DEVICE | overrides)
     checkpoints = SavedSteps(run_folder.checkpoints_folder(folder, config))
     numbers = _numbers(folder, checkpoints, steps, config.sft.steps)
     setup = make_setup(config, run_folder.model_files(folder))
@@ -176,9 +177,8 @@ def like_saved(setup: Setup, phase: str) -> TrainState:
     key = jax.eval_shape(lambda: root_key(config.seed))
     init = functools.partial(update.init, reference=reference)
     state = abstract_state(init, abstract_trained(setup), key)
-    if setup.mesh is None:
-        return state
-    shardings = state_shardings(setup.mesh, state)
     return jax.tree.map(
-        lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), state, shardings
+        lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own),
+        state,
+        update.layout(state),
     )
