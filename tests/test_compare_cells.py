@@ -138,6 +138,11 @@ def test_a_changed_plan_is_refused_with_the_cell_and_the_fix(whole, tmp_path):
     cell.write_text("{")
     with pytest.raises(UserError, match=f"^{cell}: empty or damaged; delete it$"):
         comparison(folder)
+    cell.unlink()
+    weights = folder / "warmups" / "0" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"^warmups: \S*0 is damaged .*; delete it, and it is made"):
+        comparison(folder).run()
 
 
 def test_neither_another_method_nor_another_seed_compiles_an_update_rollout_or_evaluation(whole):

@@ -72,7 +72,10 @@ def _command(arguments: argparse.Namespace, folder: Path) -> str:
 def _described(facts: dict) -> str:
     lines = []
     for method in facts["methods"]:
-        fields = ", ".join(f"{k}={v}" for k, v in method["set"].items()) or "as the experiment"
+        fields = (
+            ", ".join(f"{k}={json.dumps(v)}" for k, v in method["set"].items())
+            or "as the experiment"
+        )
         mark = " (control)" if method["control"] else ""
         lines.append(f"{method['name']}{mark}: {fields}")
         if method["weights"]:

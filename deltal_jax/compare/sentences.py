@@ -108,7 +108,7 @@ def _against(one: Found) -> list[str]:
     primary = one["endpoints"].get(PRIMARY)
     if primary is None:
         return ["–", "", "", ""]
-    detectable = "none" if one["detectable"] is None else f"{one['detectable']:.3f}"
+    detectable = "–" if one["detectable"] is None else f"{one['detectable']:.3f}"
     return [
         _interval(primary, "difference", "+"),
         _p(primary["p"]),

@@ -86,7 +86,12 @@ def load_warmup(setup: Setup, plan: Plan, number: int, folder: Path) -> Any:
         checkpoint_config=described,
         base_fingerprint=None,
     )
-    return _host(load_checkpoint(there))
+    try:
+        return _host(load_checkpoint(there))
+    except UserError as error:
+        raise UserError(
+            f"warmups: {folder} is damaged ({error}); delete it, and it is made again"
+        ) from error
 
 
 def check_warmup(folder: Path, wanted: str) -> None:

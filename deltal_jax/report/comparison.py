@@ -27,7 +27,7 @@ def page(folder: Path) -> tuple[str, str]:
         body.append(note("The findings are not there yet: they are written once cells are done."))
     figures = [_plot(path) for path in sorted([*folder.glob("*.svg"), *folder.glob("plots/*.svg")])]
     if figures:
-        body.append(f'<h2>Plots</h2><div class="grid wide">{"".join(figures)}</div>')
+        body.append(f'<h2>Plots</h2><div class="grid plots">{"".join(figures)}</div>')
     plan = (folder / PLAN).read_text("utf-8", "replace")
     body.append(details(PLAN, f"<pre>{text(plan)}</pre>"))
     return title, "\n".join(body)
