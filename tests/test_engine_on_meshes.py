@@ -19,8 +19,8 @@ from tests.processes import run_processes
 
 OPTIONS = SamplingOptions(slots=8, max_response_length=12, eos_ids=(fakes.EOS, 5))
 KEY = jax.random.key(11, impl="threefry2x32")
-#: Mesh sizes (data, fsdp, tensor); prompts that devices share evenly, or not.
-MESHES = {(8, 1, 1): 8, (2, 2, 2): 5, (1, 1, 2): 5, (1, 4, 1): 5}
+#: Mesh sizes (data, fsdp, tensor, context); prompts that devices share evenly, or not.
+MESHES = {(8, 1, 1): 8, (2, 2, 2): 5, (1, 1, 2): 5, (1, 4, 1): 5, (1, 2, 2, 2): 5}
 #: Most responses are short, some are long.
 LONG_TAILED = SamplingOptions(slots=4, max_response_length=24, eos_ids=(3, 5, 7, 9))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,26 @@ from tests import fakes
 from tests.processes import run_processes
 
 COUNT = 24
-MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 2), (4, 1, 1)]
+#: Sizes of data, fsdp, tensor and context. PLAIN has two heads: 2 tokens' devices exchange them, 4
+#: pass keys and values round; neither divides the 30 tokens of a row by 4.
+MESHES = [
+    (8, 1, 1, 1),
+    (4, 2, 1, 1),
+    (2, 2, 2, 1),
+    (2, 1, 1, 4),
+    (1, 2, 2, 2),
+    *(
+        pytest.param(sizes, marks=pytest.mark.slow)
+        for sizes in [
+            (2, 4, 1, 1),
+            (1, 1, 2, 1),
+            (4, 1, 1, 1),
+            (2, 2, 1, 2),
+            (1, 1, 1, 8),
+            (1, 1, 2, 4),
+        ]
+    ),
+]
 METHODS = ["delta_l", "sequence_mean", "token_mean", "constant_length"]
 
 
@@ -224,3 +244,53 @@ def test_two_processes_take_the_step_of_one_device():
     target = "tests.test_step_on_meshes:in_processes"
     for found in run_processes(target, count=2, devices_each=2, method="delta_l"):
         assert_same(found, want)
+
+
+#: Scanned, as no fewer layers are; heads that 2 tensor devices divide.
+DEEP = dataclasses.replace(fakes.PLAIN, layers=6, d_model=32, d_ff=48, remat=True)
+
+
+def collectives(sizes):
+    """(kind, dimensions of the result) of all that devices exchange in the gradient of a bucket of
+    8 × 32 tokens, as it is compiled."""
+    graphdef, params = fakes.model(DEEP)
+    mesh = make_mesh(*sizes)
+    update = Update(graphdef, optax.sgd(0.1), SUPERVISED, mesh=mesh)
+    state = update.init(params, jax.random.key(0))
+    ones = np.ones(8, np.float32)
+    bucket = make_buckets(
+        fakes.rollout(8),
+        np.arange(8),
+        advantages=ones,
+        weights=ones,
+        edges=(32,),
+        tokens_per_microbatch=256,
+        row_multiple=8,
+    )[0]
+    layout = update._as_gradient(state.params)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(update.gradient, out_shardings=layout).lower(
+            state.params, update.place(bucket)
+        )
+    program = lowered.compile().as_text()
+    found = re.findall(
+        r"= \(?\w+\[([\d,]*)\].*? (all-gather|all-reduce|reduce-scatter|all-to-all|"
+        r"collective-permute)(?:-start)?\(",
+        program,
+    )
+    return [(kind, tuple(int(x) for x in dims.split(",") if x)) for dims, kind in found]
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 1, 2)])
+def test_no_stack_of_layers_and_no_whole_activation_is_gathered(sizes):
+    """Parameters are gathered a layer at a time, inside the scan: never a stack of all of them."""
+    found = collectives(sizes)
+    gathered = [dims for kind, dims in found if kind == "all-gather"]
+    assert gathered
+    layer = DEEP.d_model * DEEP.d_ff
+    stacks = [dims for dims in gathered if DEEP.layers in dims and np.prod(dims) > layer]
+    assert not stacks
+    # Of rows and tokens, at most one part of 8 × 32 × D is anywhere, in whatever order.
+    own = 8 * 32 // np.prod([*sizes[:2], sizes[3]]) * DEEP.d_model
+    activations = [dims for dims in gathered if 2 * own <= np.prod(dims) and len(dims) > 2]
+    assert not activations

@@ -193,8 +193,14 @@ def test_two_processes_run_and_resume_as_one_does(responses, folder, tmp_path):
     [
         ({"mesh.fsdp": 3}, r"mesh: .* does not multiply to the 8 devices; set one of them to -1"),
         ({"mesh.data": 0}, r"mesh\.data: a size is 1 or more, or -1 for the rest, got 0"),
-        ({"mesh.data": -1, "mesh.fsdp": -1}, "mesh: only one of data, fsdp and tensor may be -1"),
+        (
+            {"mesh.data": -1, "mesh.fsdp": -1},
+            "mesh: only one of data, fsdp, tensor and context may be -1",
+        ),
         ({"mesh.fsdp": 8, "rollout.slots": 4}, r"rollout\.slots: 4 do not split over .* 8 dev"),
+        ({"mesh.context": 8, "rollout.slots": 4}, r"rollout\.slots: 4 do not .* × context$"),
+        ({"mesh.auto": True, "mesh.fsdp": 8}, r"mesh\.auto: chooses all sizes; leave out mesh\.fs"),
+        ({"mesh.auto": True} | AHEAD, r"rollout\.ahead: .* rollout\.devices of its own"),
         ({"mesh.fsdp": 8} | AHEAD, r"rollout\.ahead: .* rollout\.devices of its own"),
         ({"mesh.fsdp": 8, "rollout.devices": 8}, r"rollout\.devices: 8 of 8 .* at most 7"),
     ],

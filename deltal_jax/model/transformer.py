@@ -29,6 +29,7 @@ from deltal_jax.model.attention import (
 from deltal_jax.model.cache import Cache, LayerCache, init_cache, layer_cache, time_of, write_token
 from deltal_jax.model.lora import LoRALinear
 from deltal_jax.model.precision import look_up, wide_product
+from deltal_jax.parallel.sharding import constrain, tokens_are_split
 
 #: The parameters of each layer.
 Layers = list[Any]
@@ -86,7 +87,7 @@ class Attention(nnx.Module):
         """Queries, keys and values, rotated; queries times the attention scale."""
         arch = self.arch
         split = (*x.shape[:2], -1, arch.head_dim)
-        flat = x.reshape(-1, x.shape[-1])
+        flat = _by_token(x)
         q, k, v = (layer(flat).reshape(split) for layer in (self.q, self.k, self.v))
         if arch.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -96,7 +97,7 @@ class Attention(nnx.Module):
     def merge(self, heads: Float[Array, "N T H d"]) -> Float[Array, "N T D"]:
         """Join the heads and project back."""
         N, T, H, d = heads.shape
-        return self.o(heads.reshape(N * T, H * d)).reshape(N, T, -1)
+        return self.o(_by_token(heads.reshape(N, T, H * d))).reshape(N, T, -1)
 
 
 class GatedMLP(nnx.Module):
@@ -115,7 +116,7 @@ class GatedMLP(nnx.Module):
         self.activation = ACTIVATIONS[arch.activation]
 
     def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = _by_token(x)
         return self.down(self.activation(self.gate(flat)) * self.up(flat)).reshape(x.shape)
 
 
@@ -218,6 +219,7 @@ class Transformer(nnx.Module):
             parameters, local = layer
             block = nnx.merge(graphdef, parameters)
             turns = rotations(positions, rope_frequencies(self.arch, local))
+            x = constrain(x, "rows", "tokens", "act_embed")
             return block.rows(x, turns, segment_ids, local)[0], None
 
         if self.arch.remat:
@@ -290,6 +292,11 @@ class Transformer(nnx.Module):
         arch = self.arch
         dtype = jnp.dtype(self._compute_dtype())
         return init_cache(arch.layers, slots, arch.kv_heads, time, arch.head_dim, dtype)
+
+
+def _by_token(x: Float[Array, "N T D"]) -> Float[Array, "*tokens D"]:
+    """Rows of tokens as one list, unless devices share a row: then as they are."""
+    return x if tokens_are_split() else x.reshape(-1, x.shape[-1])
 
 
 def take_apart(params: Any) -> tuple[Any, Layers]:

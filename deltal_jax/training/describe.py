@@ -11,7 +11,7 @@ from deltal_jax.model.lora import overlay, trained
 from deltal_jax.model.transformer import abstract_params, parameter_count
 from deltal_jax.objective.logprobs import chunk_size
 from deltal_jax.parallel.mesh import describe_mesh
-from deltal_jax.parallel.sharding import parameter_shardings, row_shards
+from deltal_jax.parallel.sharding import parameter_shardings, row_shards, slot_shards
 from deltal_jax.rollout.checks import sampling_memory
 from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.tasks.base import Task
@@ -316,7 +316,7 @@ def memory_estimate(
             arch, bucket_rows(edge, budget, parts_of_rows) // parts_of_rows, edge, computed
         )
         for edge in edges
-    )
+    ) // (1 if mesh is None else mesh.shape["context"])
     copied = config.rollout.ahead and config.rollout.devices is None
     parts = {
         "parameters": own * stored + frozen * narrow,
@@ -360,7 +360,7 @@ def sampling_parts(
     )
     shards, tensor = rollout.devices or 1, 1
     if mesh is not None and rollout.devices is None:
-        shards, tensor = row_shards(mesh), mesh.shape["tensor"]
+        shards, tensor = slot_shards(mesh), mesh.shape["tensor"]
     return sampling_memory(
         options,
         arch,

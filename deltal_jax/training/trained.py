@@ -45,7 +45,7 @@ class Trained:
 
 
 #: Fields of a config that has no mesh of its own.
-ONE_DEVICE = {f"mesh.{field.name}": None for field in dataclasses.fields(MeshConfig)}
+ONE_DEVICE = {f"mesh.{name}": value for name, value in vars(MeshConfig()).items()}
 #: Which RL steps of a run; "best": by its own evaluations; None: its newest checkpoint, of whatever
 #: phase.
 Steps = Sequence[int] | Literal["all", "best"] | None
