@@ -23,14 +23,12 @@ from deltal_jax.parallel.mesh import AXES, make_mesh
 from deltal_jax.parallel.sharding import (
     MESH_AXES,
     PARAMETER_AXES,
+    by_device,
     constrain,
-    join_tokens,
     parameter_shardings,
     row_shards,
     shard_bucket,
-    slot_sharding,
     slot_shards,
-    split_tokens,
     state_shardings,
     token_sharding,
     wholly_replicated,
@@ -220,26 +218,36 @@ def test_rows_and_tokens_that_do_not_split_evenly_are_refused():
         shard_bucket(make_mesh(2, context=4), bucket())
 
 
-def test_the_tokens_of_a_device_stand_together_and_come_back_in_their_order():
-    """What `split_tokens` calls its own are those that it has, so nothing moves."""
+def test_a_function_of_a_devices_own_tokens_moves_none_and_adds_the_gradient_of_what_is_shared():
     mesh = make_mesh(1, 2, 1, 4)
-    host = np.arange(4 * 8 * 3).reshape(4, 8, 3)
+    host = np.random.default_rng(0).normal(size=(4, 8, 3)).astype(np.float32)
+    shared = jnp.asarray([1.0, -2.0, 0.5])
+
+    def own(axes, shared, x):
+        """Numbers that tell where each token is, and a sum that the gradient goes through."""
+        here = jnp.zeros((), jnp.int32) if not axes else jax.lax.axis_index(axes)
+        return jnp.sum(x * shared[None, None], axis=2) ** 2, jnp.full(x.shape[:2], here)
+
+    def total(shared, x):
+        found, here = by_device(own, shared, x)
+        return jnp.sum(found), here
+
+    both = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    (want, alone), slopes = both(shared, host)
+    assert np.all(alone == 0)
     placed = jax.device_put(host, token_sharding(mesh))
-
-    def both(x):
-        apart = split_tokens(x)
-        return apart, join_tokens(apart, 4)
-
-    np.testing.assert_array_equal(both(placed)[0], host.reshape(1, 32, 3))  # without a mesh
     with jax.set_mesh(mesh):
-        program = jax.jit(both).lower(placed).compile()
-        apart, back = program(placed)
-    np.testing.assert_array_equal(back, host)
-    assert not re.findall("all-|collective|permute", program.as_text())
-    own = {shard.device: shard.data for shard in placed.addressable_shards}
-    assert apart.sharding.is_equivalent_to(slot_sharding(mesh), 3)
-    for shard in apart.addressable_shards:
-        np.testing.assert_array_equal(shard.data[0], own[shard.device].reshape(-1, 3))
+        program = both.lower(shared, placed).compile()
+        (found, here), gradients = program(shared, placed)
+    assert float(found) == pytest.approx(float(want), rel=1e-6)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), gradients, slopes
+    )
+    assert gradients[1].sharding.is_equivalent_to(token_sharding(mesh), 3)
+    assert not re.findall("all-gather|all-to-all|permute", program.as_text())
+    for shard in here.addressable_shards:
+        ((_, fsdp, context, _),) = np.argwhere(mesh.devices == shard.device)
+        np.testing.assert_array_equal(shard.data, np.full((2, 2), 4 * fsdp + context))
 
 
 def test_activations_are_split_by_logical_names_where_there_is_a_mesh():

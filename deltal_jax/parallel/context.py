@@ -25,7 +25,7 @@ Attend = Callable[[Array, Array, Array, Array], Array]
 #: A score that is not seen: finite, so that no difference of two is NaN.
 UNSEEN = -1e30
 #: Queries of a block, whose scores with all keys of a device are in memory at once.
-QUERY_BLOCK = 512
+QUERY_BLOCK = 256
 
 
 def exchanged(

@@ -6,6 +6,7 @@ Everything here works on shapes too (`jax.ShapeDtypeStruct`), so that plans and 
 arrays.
 """
 
+import functools
 import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -168,37 +169,30 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
 def tokens_are_split() -> bool:
     """Whether the context's mesh splits the tokens of a row: then rows and tokens must not be
     merged into one dimension, of which no device would hold consecutive ones."""
-    return _context_parts()[1] > 1
-
-
-def split_tokens(x: jax.Array) -> jax.Array:
-    """[N, T, …] as [S, N·T/S, …]: the tokens of each of the S devices that rows and tokens are
-    split over, in the context's mesh, side by side. Nothing moves between devices."""
-    rows, parts = _context_parts()
-    (N, T), rest = x.shape[:2], x.shape[2:]
-    if parts == 1:
-        return x.reshape(rows, -1, *rest)
-    apart = x.reshape(rows, N // rows, parts, T // parts, *rest).swapaxes(1, 2)
-    return constrain(apart.reshape(rows * parts, -1, *rest), "slots")
-
-
-def join_tokens(x: jax.Array, N: int) -> jax.Array:
-    """The inverse of `split_tokens`, for N rows."""
-    rows, parts = _context_parts()
-    rest = x.shape[2:]
-    if parts == 1:
-        return x.reshape(N, -1, *rest)
-    apart = x.reshape(rows, parts, N // rows, -1, *rest).swapaxes(1, 2)
-    return constrain(apart.reshape(N, -1, *rest), "rows", "tokens")
-
-
-def _context_parts() -> tuple[int, int]:
-    """How many parts the context's mesh splits rows and tokens into."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
-        return 1, 1
-    of = mesh.shape.get
-    return of("data", 1) * of("fsdp", 1), of("context", 1)
+    tokens = MESH_AXES["tokens"][0]
+    return not mesh.empty and tokens not in mesh.manual_axes and mesh.shape.get(tokens, 1) > 1
+
+
+def by_device(function: Callable[..., Any], shared: Any, *tokens: jax.Array) -> Any:
+    """`function(axes, shared, *tokens)` on the tokens [n, t, …] that each device of the context's
+    mesh has of [N, T, …]; the results are such, too. `axes` are those that they are split over, for
+    what is said between devices: none without a mesh.
+
+    What is `shared` is gathered once, but for what "tensor" splits, and its gradient is added over
+    the devices once: left to the compiler a loop would do both in each of its rounds.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return function((), shared, *tokens)
+    split = PartitionSpec(ROW_AXES, MESH_AXES["tokens"])
+    return jax.shard_map(
+        functools.partial(function, SLOT_AXES),
+        in_specs=(PartitionSpec(), *(split for _ in tokens)),
+        out_specs=split,
+        axis_names=set(SLOT_AXES),
+        check_vma=False,  # loops of arrays that start alike on all devices
+    )(shared, *tokens)
 
 
 def shard_bucket(mesh: Mesh, bucket: Bucket) -> Bucket:

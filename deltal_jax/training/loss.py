@@ -13,7 +13,7 @@ from deltal_jax.objective.aggregation import policy_gradient_loss
 from deltal_jax.objective.divergence import kl_k3
 from deltal_jax.objective.logprobs import chunked_logprobs
 from deltal_jax.objective.surrogate import reinforce
-from deltal_jax.parallel.sharding import join_tokens, split_tokens
+from deltal_jax.parallel.sharding import by_device
 from deltal_jax.types import Bucket
 
 #: Per-token losses from (logprobs, advantages of the tokens' responses, bucket).
@@ -86,17 +86,19 @@ def bucket_logprobs(
     inside = bucket.segment_ids == jnp.roll(bucket.segment_ids, -1, axis=1)
     wanted = (jnp.roll(bucket.loss_mask, -1, axis=1) & inside).at[:, -1].set(False)
     head, parameters = model.head_function()
-    # Each device gathers among its own tokens.
-    own = tuple(map(split_tokens, (hidden, jnp.roll(bucket.tokens, -1, axis=1), wanted)))
-    found = chunked_logprobs(
-        head,
-        parameters,
-        *own,
-        temperature=terms.temperature,
-        entropy_gradient=terms.entropy_coefficient != 0,
-        shards=own[0].shape[0],
-    )
-    logprobs, entropy = (jnp.roll(join_tokens(x, wanted.shape[0]), 1, axis=1) for x in found)
+
+    def of_device(axes: tuple[str, ...], parameters: Any, *tokens: Array) -> tuple[Array, Array]:
+        return chunked_logprobs(
+            head,
+            parameters,
+            *tokens,
+            temperature=terms.temperature,
+            entropy_gradient=terms.entropy_coefficient != 0,
+            axis_name=axes,
+        )
+
+    found = by_device(of_device, parameters, hidden, jnp.roll(bucket.tokens, -1, axis=1), wanted)
+    logprobs, entropy = (jnp.roll(x, 1, axis=1) for x in found)
     return logprobs, entropy
 
 
