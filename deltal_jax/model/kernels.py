@@ -113,23 +113,30 @@ def over_mesh(
     "context". Rows and heads that these do not divide stay whole, and key-value heads are repeated.
     Over "context" heads are exchanged for tokens where it divides a device's heads; where it does
     not, keys and values go round, and `ring_attention` takes the place of `call`: `reach` is how
-    many tokens a token sees, None: all. `call` as it is where there is no mesh, a mesh of one
-    device, or inside `jax.shard_map`. Raises ValueError where "context" does not divide T.
+    many tokens a token sees, None: all. Inside `jax.shard_map` this is about the axes that are not
+    manual there. `call` as it is where there is no mesh or one device. Raises ValueError where
+    "context" does not divide T.
+
+    Compiled for a v5e-8, forward and backward of 32,768 tokens of 16 heads and 2 of keys, on
+    context=4: the exchange with splash sends 160 MiB a device and needs 50 MiB of temporaries, the
+    ring sends 120 and needs 560; on context=8, 96 and 1 against 140 and 190. The ring also computes
+    what the mask leaves out of a device's own block, and its last device has most to do.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    sizes = {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
+    if mesh.empty or math.prod(sizes.values()) == 1:
         return call(q, k, v, segment_ids)
-    axes = tuple(axis for axis in ROW_AXES if axis in mesh.shape)
-    rows = axes if q.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
+    axes = tuple(axis for axis in ROW_AXES if axis in sizes)
+    rows = axes if q.shape[0] % math.prod(sizes[axis] for axis in axes) == 0 else None
     (heads,), (tokens,) = MESH_AXES["heads"], MESH_AXES["tokens"]
     own_heads = q.shape[2]
-    if mesh.shape.get(heads, 1) == 1 or own_heads % mesh.shape[heads]:
+    if sizes.get(heads, 1) == 1 or own_heads % sizes[heads]:
         heads = None
     else:
-        own_heads //= mesh.shape[heads]
-        copies = fewest_copies(q.shape[2], k.shape[2], mesh.shape[heads])
+        own_heads //= sizes[heads]
+        copies = fewest_copies(q.shape[2], k.shape[2], sizes[heads])
         k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
-    parts = mesh.shape.get(tokens, 1)
+    parts = sizes.get(tokens, 1)
     if parts == 1:
         tokens = None
     elif q.shape[1] % parts:
@@ -140,10 +147,14 @@ def over_mesh(
         seen = jnp.asarray(jnp.iinfo(jnp.int32).max if reach is None else reach)
         call = functools.partial(ring_attention, reach=seen, axis=tokens)
     split = PartitionSpec(rows, tokens, heads, None)
-    specs = (split, split, split, PartitionSpec(rows, tokens))
     # What varies over the mesh is not checked: a Pallas kernel does not say it of its results.
-    share = jax.shard_map(call, in_specs=specs, out_specs=split, check_vma=False)
-    return share(q, k, v, segment_ids)
+    return jax.shard_map(
+        call,
+        in_specs=(split, split, split, PartitionSpec(rows, tokens)),
+        out_specs=split,
+        axis_names=set(sizes),
+        check_vma=False,
+    )(q, k, v, segment_ids)
 
 
 def attend_cudnn(

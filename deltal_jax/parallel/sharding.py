@@ -160,8 +160,6 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     own = _spec(mesh, names, x.shape[: len(names)], mesh.manual_axes)
-    if not any(own):
-        return x
     rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - len(names))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*own, *rest))
 

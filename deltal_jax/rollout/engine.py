@@ -112,8 +112,17 @@ class Engine:
             alone=mesh is None or self.shards == 1,
             split=mesh is not None and mesh.shape["tensor"] > 1,
         )
+        prefill_rows = functools.partial(prefill, graphdef)
         if mesh is not None:
             rows, whole = PartitionSpec(SLOT_AXES), PartitionSpec()
+            prefill_rows = jax.shard_map(  # each its own: not every kernel is split by itself
+                prefill_rows,
+                mesh=mesh,
+                in_specs=(whole, rows),
+                out_specs=rows,
+                axis_names=set(SLOT_AXES),
+                check_vma=False,
+            )
             decode_queue = jax.shard_map(
                 decode_queue,
                 mesh=mesh,
@@ -134,7 +143,7 @@ class Engine:
         self._run = alike(turn, donate_argnums=3)
         self._look = jax.jit(lambda slots: self._whole(finished_rows(options, slots)))
         self._read = jax.jit(self._read_rows)
-        self._prefill = alike(functools.partial(prefill, graphdef))
+        self._prefill = alike(prefill_rows)
         self._resize = jax.jit(resize, static_argnums=1)
         self._compact = jax.jit(compact, static_argnums=1)
         self._join = jax.jit(functools.partial(_join, self.shards))
