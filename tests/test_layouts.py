@@ -18,7 +18,7 @@ from deltal_jax.model.published import PUBLISHED
 from deltal_jax.parallel.layouts import USABLE, Layout, choose_layout, layouts
 from deltal_jax.parallel.mesh import AXES
 from deltal_jax.training.describe import memory_estimate
-from deltal_jax.training.devices import choose_sizes, training_devices
+from deltal_jax.training.devices import choose_sizes
 
 GIB = 2**30
 
@@ -105,7 +105,7 @@ def takes(config, arch, layout):
 )
 def test_what_is_split_follows_the_model_and_the_longest_row(name, memory, options, axes):
     config, arch = published(name, **options)
-    sized, said = choose_sizes(config, arch, memory * GIB)
+    sized, said = choose_sizes(config, arch, memory=memory * GIB)
     layout = Layout(**sized.mesh.sizes)
     assert size(layout) == jax.device_count() == 8
     split = {axis for axis, count in sized.mesh.sizes.items() if count > 1}
@@ -120,18 +120,20 @@ def test_what_is_split_follows_the_model_and_the_longest_row(name, memory, optio
 
 def test_slots_become_so_many_that_they_split():
     config, arch = published("Qwen/Qwen2.5-0.5B", **{"rollout.slots": 12})
-    sized, said = choose_sizes(config, arch, 80 * GIB)
+    sized, said = choose_sizes(config, arch, memory=80 * GIB)
     assert sized.rollout.slots == 16 and said.endswith("; rollout.slots: 12 → 16")
-    assert choose_sizes(sized, arch, 80 * GIB)[0] == sized
+    assert choose_sizes(sized, arch, memory=80 * GIB)[0] == sized
     apart = dataclasses.replace(config.rollout, devices=3, slots=12)
-    sized, said = choose_sizes(dataclasses.replace(config, rollout=apart), arch, 80 * GIB)
-    assert len(training_devices(sized)) == 5 == sized.mesh.data and sized.rollout.slots == 15
+    sized, said = choose_sizes(dataclasses.replace(config, rollout=apart), arch, memory=80 * GIB)
+    assert sized.mesh.data == 5 and sized.rollout.slots == 15  # the other three sample
+    few, _ = choose_sizes(config, arch, jax.devices()[:4], 80 * GIB)
+    assert few.mesh.data == 4
 
 
 def test_what_does_not_fit_says_what_would_help():
     config, arch = published("Qwen/Qwen2.5-7B")
     with pytest.raises(UserError, match=r"^mesh.auto: no layout of 8 devices of 4 GiB .* use more"):
-        choose_sizes(config, arch, 4 * GIB)
+        choose_sizes(config, arch, memory=4 * GIB)
 
 
 def test_a_dry_run_says_what_was_chosen_and_why(capsys):

@@ -19,6 +19,7 @@ from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.parallel.sharding import row_shards, wholly_replicated
 from deltal_jax.training.buckets import make_buckets, make_minibatches
 from deltal_jax.training.loss import SUPERVISED, LossTerms
+from deltal_jax.training.policy import rollout_logprobs
 from deltal_jax.training.step import Update
 from tests import fakes
 from tests.processes import run_processes
@@ -116,6 +117,21 @@ def test_loss_gradient_and_sgd_step_on_a_mesh_are_those_of_one_device(sizes):
     for method in METHODS:
         for pack in (False, True) if method == "delta_l" else (True,):
             assert_same(step_on(sizes, method, pack=pack), step_on(None, method, pack=pack))
+
+
+def test_log_probabilities_of_rows_that_are_padded_to_split_are_those_of_one_device():
+    found = []
+    for sizes in (None, (2, 1, 1, 4)):
+        update, _, state, mesh = update_on(sizes)
+        layout = {"edges": (30,), "tokens_per_microbatch": 120, "pack": True}
+        rows = 1 if mesh is None else row_shards(mesh)
+        found.append(
+            rollout_logprobs(
+                update, state.params, fakes.rollout(COUNT), row_multiple=rows, **layout
+            )
+        )
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+    assert found[0].shape == (COUNT, 30) and np.abs(found[0]).max() > 1
 
 
 def test_parameters_gradients_and_moments_are_laid_out_alike_and_stay_so():

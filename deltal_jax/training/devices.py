@@ -19,23 +19,32 @@ from deltal_jax.rollout.checks import free_memory
 from deltal_jax.training.describe import memory_estimate
 
 
-def choose_training_mesh(config: Config, arch: Architecture) -> tuple[Config, Mesh | None, str]:
+def choose_training_mesh(
+    config: Config,
+    arch: Architecture,
+    devices: Sequence[Any] | None = None,
+    memory: int | None = None,
+) -> tuple[Config, Mesh | None, str]:
     """The mesh that `choose_sizes` finds, why, and the config with its slots; `mesh.auto` stays,
     and chooses anew where a run goes on."""
-    sized, said = choose_sizes(config, arch)
+    sized, said = choose_sizes(config, arch, devices, memory)
     slots = dataclasses.replace(config, rollout=sized.rollout)
-    return slots, make_training_mesh(sized), said
+    return slots, make_training_mesh(sized, devices), said
 
 
 def choose_sizes(
-    config: Config, arch: Architecture, memory: int | None = None
+    config: Config,
+    arch: Architecture,
+    devices: Sequence[Any] | None = None,
+    memory: int | None = None,
 ) -> tuple[Config, str]:
     """The config with sizes instead of `mesh.auto`, and slots that these split; and why, in one
-    line. `memory`: bytes of a device; None: those of the devices here, where they say.
+    line. `devices`: those that train and sample, None: all; `memory`: bytes of each, None: what
+    they say.
 
     Raises UserError where no sizes fit into the memory.
     """
-    devices = training_devices(config)
+    devices = _training_devices(config, devices)
     memory = _memory(devices) if memory is None else memory
     needed = functools.partial(_needed, config, arch)
     layout, said = choose_layout(len(devices), memory, arch.heads, needed)
@@ -74,29 +83,31 @@ def _sized(config: Config, layout: Layout) -> Config:
     )
 
 
-def training_devices(config: Config) -> Sequence[Any]:
-    """All devices, of all processes, but for those that sample only."""
-    make_sampling_mesh(config)  # leaves some
-    return jax.devices()[: jax.device_count() - (config.rollout.devices or 0)]
+def _training_devices(config: Config, devices: Sequence[Any] | None) -> Sequence[Any]:
+    """Of these, or all of all processes, those that do not only sample."""
+    devices = jax.devices() if devices is None else devices
+    make_sampling_mesh(config, devices)  # leaves some
+    return devices[: len(devices) - (config.rollout.devices or 0)]
 
 
-def make_training_mesh(config: Config) -> Mesh | None:
-    """The devices that train; None: one device of one process.
+def make_training_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """The devices that train, of these (None: all of all processes); None: one device of one
+    process.
 
     Where the config names no sizes, several processes split everything over fsdp: nothing of the
     model's size is held twice, and rows are split as they would be over data. Raises UserError
     where the sizes don't multiply to the devices, or slots don't split over them.
     """
-    sampling = config.rollout.devices or 0
-    several = jax.process_count() > 1
-    if several and sampling:
+    devices = jax.devices() if devices is None else devices
+    several = len({device.process_index for device in devices}) > 1
+    if several and config.rollout.devices:
         raise UserError("rollout.devices: on several processes all devices train; leave it out")
     if several and config.rollout.ahead:
         raise UserError("rollout.ahead: on several processes sampling waits its turn; set it to 0")
     if config.mesh == MeshConfig() and not several:
         return None
     sizes = {"data": 1, "fsdp": -1} if config.mesh == MeshConfig() else _sizes(config)
-    found = make_mesh(**sizes, devices=training_devices(config))
+    found = make_mesh(**sizes, devices=_training_devices(config, devices))
     _check_slots(config, found)
     return found if several or found.size > 1 else None
 
@@ -128,12 +139,13 @@ def _check_slots(config: Config, mesh: Mesh | AbstractMesh) -> None:
         )
 
 
-def make_sampling_mesh(config: Config) -> Mesh | None:
-    """The devices that sample only, each with the whole model; None: those that train sample, too.
+def make_sampling_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """The devices that sample only, of these (None: all), each with the whole model; None: those
+    that train sample, too.
 
     Raises UserError where none is left to train.
     """
-    wanted, devices = config.rollout.devices, jax.devices()
+    wanted, devices = config.rollout.devices, jax.devices() if devices is None else devices
     if wanted is None:
         return None
     if wanted >= len(devices):
