@@ -16,6 +16,7 @@ from deltal_jax.training.buckets import (
     bucket_rows,
     make_buckets,
     make_minibatches,
+    pad_width,
     padding_fraction,
 )
 from tests import fakes
@@ -307,3 +308,18 @@ def test_minibatch_weights_carry_the_factor_of_the_batch(pack):
         assert sorted({*held.tolist()} - {12}) == np.flatnonzero(ids == number).tolist()
     old = np.concatenate([np.asarray(b.old_logprobs).ravel() for bs in minibatches for b in bs])
     assert np.isclose(old.sum(), rollout.logprobs.sum(), atol=1e-4)
+
+
+def test_padded_rows_have_the_same_tokens_and_more_padding():
+    rollout = fakes.rollout(5)
+    (bucket,) = bucketed(rollout, (30,), 150)
+    assert pad_width(bucket, 6) is bucket
+    wide = pad_width(bucket, 8)
+    for field in dataclasses.fields(bucket):
+        before, after = getattr(bucket, field.name), getattr(wide, field.name)
+        if before is None or before.ndim == 1:
+            assert after is before
+            continue
+        assert after.shape == (5, 32) and after.dtype == before.dtype
+        np.testing.assert_array_equal(after[:, :30], before)
+        np.testing.assert_array_equal(after[:, 30:], 5 if field.name == "segment_ids" else 0)

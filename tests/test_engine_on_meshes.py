@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from deltal_jax.errors import UserError
+from deltal_jax.model.transformer import make_graphdef
 from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.parallel.sharding import parameter_shardings
 from deltal_jax.rollout import engine as module
@@ -19,8 +20,8 @@ from tests.processes import run_processes
 
 OPTIONS = SamplingOptions(slots=8, max_response_length=12, eos_ids=(fakes.EOS, 5))
 KEY = jax.random.key(11, impl="threefry2x32")
-#: Mesh sizes (data, fsdp, tensor); prompts that devices share evenly, or not.
-MESHES = {(8, 1, 1): 8, (2, 2, 2): 5, (1, 1, 2): 5, (1, 4, 1): 5}
+#: Mesh sizes (data, fsdp, tensor, context); prompts that devices share evenly, or not.
+MESHES = {(8, 1, 1): 8, (2, 2, 2): 5, (1, 1, 2): 5, (1, 4, 1): 5, (1, 2, 2, 2): 5}
 #: Most responses are short, some are long.
 LONG_TAILED = SamplingOptions(slots=4, max_response_length=24, eos_ids=(3, 5, 7, 9))
 
@@ -51,6 +52,16 @@ def test_the_ids_on_a_mesh_are_those_of_one_device(sizes):
     np.testing.assert_array_equal(got.group_ids, want.group_ids)
     np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
     assert stats.useful_steps == want.response_lengths.sum()
+
+
+def test_a_kernel_that_the_compiler_does_not_split_prefills_on_a_mesh():
+    """Rows over data, heads over tensor; interpreted here."""
+    arch = dataclasses.replace(fakes.PLAIN, attention="splash")
+    mesh = make_mesh(2, 1, 2, devices=jax.devices()[:4])
+    engine = Engine(make_graphdef(arch), OPTIONS, mesh=mesh)
+    params = fakes.model(fakes.PLAIN)[1]
+    got, _ = engine.generate(params, fakes.prompts(5), KEY, samples=3, step=2)
+    np.testing.assert_array_equal(got.tokens, sampled(5)[0].tokens)
 
 
 def test_the_mesh_may_be_one_of_its_own_apart_from_that_of_training():

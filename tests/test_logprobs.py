@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from deltal_jax.objective.logprobs import chunk_size, chunked_logprobs, token_logprobs
+from deltal_jax.parallel.mesh import make_mesh
 
 rng = np.random.default_rng(0)
 LOGITS = rng.normal(size=(3, 5, 17)) * 4
@@ -143,13 +145,21 @@ def ragged_mask(rows: int, width: int, seed: int) -> np.ndarray:
 
 @functools.cache
 def chunked_and_plain(name: str, temperature: float, shards: int = 1):
-    """Values and gradients of a weighted sum, in chunks and from all logits at once."""
-    head = HEADS[name][0]
+    """Values and gradients of a weighted sum, in chunks and from all logits at once; chunks of each
+    device's own rows, where there are several."""
+    head, options = HEADS[name][0], {"temperature": temperature}
+    in_chunks = functools.partial(chunked_logprobs, head, **options)
+    if shards > 1:
+        in_chunks = jax.shard_map(
+            functools.partial(in_chunks, axis_name="data"),
+            mesh=make_mesh(shards, devices=jax.devices()[:shards]),
+            in_specs=(P(), P("data"), P("data"), P("data")),
+            out_specs=P("data"),
+            check_vma=False,
+        )
 
     def chunked(parameters, hidden, targets, mask, by_logprob, by_entropy):
-        found = chunked_logprobs(
-            head, parameters, hidden, targets, mask, temperature=temperature, shards=shards
-        )
+        found = in_chunks(parameters, hidden, targets, mask)
         return jnp.sum(found[0] * by_logprob) + jnp.sum(found[1] * by_entropy), found
 
     def plain(parameters, hidden, targets, mask, by_logprob, by_entropy):

@@ -14,42 +14,52 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
 from deltal_jax.errors import UserError
-from deltal_jax.parallel.mesh import LAUNCHED, make_mesh, start_distributed
+from deltal_jax.parallel.mesh import AXES, LAUNCHED, make_mesh, start_distributed
 from tests.processes import reserved_port, run_processes
 
 
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({}, (8, 1, 1)),
-        ({"fsdp": 2}, (4, 2, 1)),
-        ({"data": 1, "fsdp": -1}, (1, 8, 1)),
-        ({"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 2)),
-        ({"data": 2, "fsdp": 1, "tensor": 4}, (2, 1, 4)),
+        ({}, (8, 1, 1, 1)),
+        ({"fsdp": 2}, (4, 2, 1, 1)),
+        ({"data": 1, "fsdp": -1}, (1, 8, 1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 1, 2)),
+        ({"data": 2, "fsdp": 1, "tensor": 4}, (2, 1, 1, 4)),
+        ({"data": 1, "tensor": 2, "context": -1}, (1, 1, 4, 2)),
     ],
 )
 def test_one_size_may_be_the_rest_of_the_devices(sizes, shape):
     mesh = make_mesh(**sizes)
-    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert dict(mesh.shape) == dict(zip(AXES, shape, strict=True))
+    assert mesh.axis_types == (AxisType.Auto,) * 4
     assert sorted(device.id for device in mesh.devices.flat) == list(range(8))
 
 
 def test_a_mesh_takes_the_devices_that_it_is_given():
     mesh = make_mesh(fsdp=3, devices=jax.devices()[2:8])
-    assert mesh.devices.shape == (2, 3, 1)
+    assert mesh.devices.shape == (2, 3, 1, 1)
     assert {device.id for device in mesh.devices.flat} == {2, 3, 4, 5, 6, 7}
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"fsdp": 3}, r"data=-1, fsdp=3, tensor=1 does not multiply to the 8 devices"),
-        ({"fsdp": 16}, r"data=-1, fsdp=16, tensor=1 does not multiply to the 8 devices"),
-        ({"data": 2, "fsdp": 2}, r"data=2, fsdp=2, tensor=1 does not multiply to the 8 devices"),
-        ({"tensor": -1}, r"at most one is -1 \(the rest\), got data=-1, fsdp=1, tensor=-1"),
-        ({"fsdp": 0}, r"sizes are 1 or more .* got data=-1, fsdp=0, tensor=1"),
-        ({"data": -2, "fsdp": -4}, r"sizes are 1 or more .* got data=-2, fsdp=-4, tensor=1"),
+        ({"fsdp": 3}, r"data=-1, fsdp=3, context=1, tensor=1 does not multiply to the 8 devices"),
+        ({"fsdp": 16}, r"data=-1, fsdp=16, context=1, tensor=1 does not multiply to the 8 devices"),
+        (
+            {"data": 2, "fsdp": 2},
+            r"data=2, fsdp=2, context=1, tensor=1 does not multiply to the 8 devices",
+        ),
+        (
+            {"tensor": -1},
+            r"at most one is -1 \(the rest\), got data=-1, fsdp=1, context=1, tensor=-1",
+        ),
+        ({"fsdp": 0}, r"sizes are 1 or more .* got data=-1, fsdp=0, context=1, tensor=1"),
+        (
+            {"data": -2, "fsdp": -4},
+            r"sizes are 1 or more .* got data=-2, fsdp=-4, context=1, tensor=1",
+        ),
     ],
 )
 def test_sizes_that_do_not_multiply_to_the_devices_are_refused_in_one_line(sizes, message):

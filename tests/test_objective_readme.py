@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import deltal_jax
 from deltal_jax.objective.advantages import ADVANTAGES
@@ -15,6 +16,7 @@ from deltal_jax.objective.correction import CORRECTIONS
 from deltal_jax.objective.divergence import DIVERGENCES
 from deltal_jax.objective.names import FOREIGN_NAMES
 from deltal_jax.objective.surrogate import SURROGATES
+from deltal_jax.parallel.mesh import make_mesh
 
 FOLDER = Path(deltal_jax.__file__).parent / "objective"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -38,8 +40,8 @@ def wanted(alpha: float) -> float:
     return float(powers / powers.sum() / MAX_LENGTH @ token_losses(ADVANTAGE).sum(axis=1))
 
 
-def test_there_are_three_recipes_of_at_most_ten_lines():
-    assert len(RECIPES) == 3
+def test_there_are_four_recipes_of_at_most_ten_lines():
+    assert len(RECIPES) == 4
     assert all(len(recipe.strip().splitlines()) <= 10 for recipe in RECIPES)
 
 
@@ -61,6 +63,29 @@ def test_the_plain_loop_adds_micro_batches_to_the_loss_of_the_batch(split):
     np.testing.assert_array_equal(gradient[~MASK], 0.0)
 
 
+@pytest.mark.parametrize("spec", [P(None, ("data", "fsdp")), P("fsdp", "data")])
+def test_devices_that_share_responses_find_the_loss_and_its_gradient(spec):
+    """Of rows that are packed one behind the other, so that each cut goes through some."""
+    mesh = make_mesh(4, 2)
+    space = {"dl": deltal_jax, "jnp": jnp, "max_length": MAX_LENGTH, "count": len(LENGTHS)}
+    space["axes"] = ("data", "fsdp")
+    exec(RECIPES[1], space)
+    ids = np.full(16, len(LENGTHS), np.int32)
+    ids[: LENGTHS.sum()] = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
+    assert set(ids[:8]) & set(ids[8:]) == {2}  # which goes on behind the cut
+    mask, ids = (ids < len(LENGTHS)).reshape(2, 8), ids.reshape(2, 8)
+    params = np.zeros(16, np.float32)
+    params[: LENGTHS.sum()] = token_losses(ADVANTAGE)[MASK]
+    params = jnp.asarray(params.reshape(2, 8))
+    mapped = jax.shard_map(space["sharded_loss"], mesh=mesh, in_specs=spec, out_specs=P())
+    value, gradient = jax.jit(jax.value_and_grad(mapped))(params, ids, mask)
+    assert float(value) == pytest.approx(wanted(1.0), rel=1e-5)
+    # The loss is linear in the tokens' losses, so its gradient is the weight of each response.
+    powers = np.where(LENGTHS > 0, 1 / np.maximum(LENGTHS, 1), 0)
+    weights = np.append(powers / powers.sum() / MAX_LENGTH, 0.0)
+    np.testing.assert_allclose(gradient, weights[ids], rtol=1e-5)
+
+
 def test_scaled_advantages_make_another_trainers_mean_our_sum():
     space = {
         "jnp": jnp,
@@ -68,7 +93,7 @@ def test_scaled_advantages_make_another_trainers_mean_our_sum():
         "max_length": MAX_LENGTH,
         "advantages": jnp.asarray(ADVANTAGE, jnp.float32),
     }
-    exec(RECIPES[1], space)
+    exec(RECIPES[2], space)
     scaled = token_losses(np.asarray(space["advantages"], np.float64))
     means = scaled.sum(axis=1)[LENGTHS > 0] / LENGTHS[LENGTHS > 0]
     assert means.mean() == pytest.approx(wanted(0.75), rel=1e-5)
@@ -92,7 +117,7 @@ class FakeTrainer:
 
 def test_the_trl_recipe_makes_the_constant_divisor_delta_l():
     space = {"GRPOTrainer": FakeTrainer}
-    exec(RECIPES[2], space)
+    exec(RECIPES[3], space)
     found = space["DeltaLTrainer"]()._generate_and_score_completions(None)["advantages"]
     weights = np.asarray(delta_l(jnp.asarray(LENGTHS), 1.0, normalizer=MAX_LENGTH))
     np.testing.assert_allclose(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,32 @@ from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.parallel.sharding import row_shards, wholly_replicated
 from deltal_jax.training.buckets import make_buckets, make_minibatches
 from deltal_jax.training.loss import SUPERVISED, LossTerms
+from deltal_jax.training.policy import rollout_logprobs
 from deltal_jax.training.step import Update
 from tests import fakes
 from tests.processes import run_processes
 
 COUNT = 24
-MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 2), (4, 1, 1)]
+#: Sizes of data, fsdp, tensor and context. PLAIN has two heads: 2 tokens' devices exchange them, 4
+#: pass keys and values round; neither divides the 30 tokens of a row by 4.
+MESHES = [
+    (8, 1, 1, 1),
+    (4, 2, 1, 1),
+    (2, 2, 2, 1),
+    (2, 1, 1, 4),
+    (1, 2, 2, 2),
+    *(
+        pytest.param(sizes, marks=pytest.mark.slow)
+        for sizes in [
+            (2, 4, 1, 1),
+            (1, 1, 2, 1),
+            (4, 1, 1, 1),
+            (2, 2, 1, 2),
+            (1, 1, 1, 8),
+            (1, 1, 2, 4),
+        ]
+    ),
+]
 METHODS = ["delta_l", "sequence_mean", "token_mean", "constant_length"]
 
 
@@ -96,6 +117,21 @@ def test_loss_gradient_and_sgd_step_on_a_mesh_are_those_of_one_device(sizes):
     for method in METHODS:
         for pack in (False, True) if method == "delta_l" else (True,):
             assert_same(step_on(sizes, method, pack=pack), step_on(None, method, pack=pack))
+
+
+def test_log_probabilities_of_rows_that_are_padded_to_split_are_those_of_one_device():
+    found = []
+    for sizes in (None, (2, 1, 1, 4)):
+        update, _, state, mesh = update_on(sizes)
+        layout = {"edges": (30,), "tokens_per_microbatch": 120, "pack": True}
+        rows = 1 if mesh is None else row_shards(mesh)
+        found.append(
+            rollout_logprobs(
+                update, state.params, fakes.rollout(COUNT), row_multiple=rows, **layout
+            )
+        )
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+    assert found[0].shape == (COUNT, 30) and np.abs(found[0]).max() > 1
 
 
 def test_parameters_gradients_and_moments_are_laid_out_alike_and_stay_so():
@@ -224,3 +260,51 @@ def test_two_processes_take_the_step_of_one_device():
     target = "tests.test_step_on_meshes:in_processes"
     for found in run_processes(target, count=2, devices_each=2, method="delta_l"):
         assert_same(found, want)
+
+
+#: Scanned, as no fewer layers are; heads that 2 tensor devices divide.
+DEEP = dataclasses.replace(fakes.PLAIN, layers=6, d_model=32, d_ff=48, remat=True)
+
+
+def collectives(sizes):
+    """(kind, dimensions of the first result, where it comes from) of all that devices exchange in
+    the gradient of a bucket of 8 × 32 tokens, as it is compiled."""
+    graphdef, params = fakes.model(DEEP)
+    mesh = make_mesh(*sizes)
+    update = Update(graphdef, optax.sgd(0.1), SUPERVISED, mesh=mesh)
+    state = update.init(params, jax.random.key(0))
+    ones = np.ones(8, np.float32)
+    (bucket,) = make_buckets(
+        fakes.rollout(8),
+        np.arange(8),
+        advantages=ones,
+        weights=ones,
+        edges=(32,),
+        tokens_per_microbatch=256,
+        row_multiple=8,
+    )
+    layout = update._as_gradient(state.params)
+    with jax.set_mesh(mesh):
+        program = jax.jit(update.gradient, out_shardings=layout)
+        text = program.lower(state.params, update.place(bucket)).compile().as_text()
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    pattern = rf"= \(?\w+\[([\d,]*)\].*? ({kinds})(?:-start)?\(.*op_name=\"([^\"]*)"
+    return [
+        (kind, tuple(int(x) for x in dims.split(",") if x), source)
+        for dims, kind, source in re.findall(pattern, text)
+    ]
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (1, 2, 2, 2)])
+def test_nothing_is_gathered_whole_but_one_layer_and_both_ends(sizes):
+    """Parameters are gathered a layer at a time, inside the scan, and never a stack of all; those
+    of the ends once, outside the loop over chunks of logits; activations not at all."""
+    found = collectives(sizes)
+    gathered = [dims for kind, dims, _ in found if kind == "all-gather"]
+    layer = (DEEP.d_model, DEEP.d_ff // sizes[2])
+    assert layer in gathered and layer[::-1] in gathered
+    assert not [dims for dims in gathered if np.prod(dims) > max(DEEP.d_ff, 23) * DEEP.d_model]
+    assert not [dims for dims in gathered if DEEP.layers in dims and np.prod(dims) > 8 * 32]
+    assert not [dims for dims in gathered if len(dims) > 2]  # rows × tokens × anything
+    ends = [source for _, dims, source in found if 23 in dims]
+    assert ends and not [source for source in ends if "while/body" in source]

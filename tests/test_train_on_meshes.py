@@ -35,7 +35,8 @@ OPTIONS = TINY | {
     "evaluate.every": 0,
     "guard.dump_steps": [1, 2],
 }
-ALL = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+#: All axes but data, which DATA has.
+ALL = {"mesh.fsdp": 2, "mesh.context": 2, "mesh.tensor": 2}
 AHEAD = {"rollout.ahead": 1, "objective.importance_correction": "token_truncate"}
 DATA = ONE_DEVICE | {"mesh.data": 8}
 
@@ -90,7 +91,7 @@ def test_a_run_on_a_mesh_is_resumed_bit_for_bit(responses, folder):
 def test_a_run_may_go_on_on_another_mesh_and_says_so(responses, folder, capfd):
     moved = copied(folder / "all", folder / "moved", 0)
     assert run_on(moved, DATA, resume=True, quiet=False) == responses["one"]
-    said = "mesh: data 8: 8 devices, before data 2 × fsdp 2 × tensor 2: 8 devices; equal to"
+    said = "mesh: data 8: 8 devices, before fsdp 2 × context 2 × tensor 2: 8 devices; equal to"
     assert said in capfd.readouterr().err
     assert_close(moved, folder / "one")
 
@@ -137,7 +138,7 @@ def test_a_step_is_replayed_bit_for_bit_on_its_mesh_and_nowhere_else(responses, 
     assert "figures are bit for bit those recorded" in capsys.readouterr().out
     for mesh, said in ((ONE_DEVICE, "one device"), (DATA, "data 8: 8 devices")):
         found = load_dump(Path(dump), mesh)
-        assert found.inexact == f"on {said}, and not on data 2 × fsdp 2 × tensor 2: 8 devices,"
+        assert found.inexact == f"on {said}, and not on fsdp 2 × context 2 × tensor 2: 8 devices,"
         pairs = [pair for pair in replay(found).figures.values() if pair[0] is not None]
         was, now = np.asarray(pairs).T
         np.testing.assert_allclose(now, was, rtol=1e-4, atol=1e-6)
@@ -146,7 +147,7 @@ def test_a_step_is_replayed_bit_for_bit_on_its_mesh_and_nowhere_else(responses, 
 def test_a_warm_up_step_on_a_mesh_is_that_of_one_device():
     """Its rows, which the mesh does not divide, are filled up with empty ones."""
     found = []
-    for mesh in ({}, ALL):
+    for mesh in ({}, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.context": 2}):
         options = OPTIONS | mesh | {"sft.steps": 1, "sft.tokens_per_batch": 6 * 16}
         setup = make_setup(load_config("countdown-tiny", options))
         update = make_update(setup, "sft")
@@ -193,8 +194,14 @@ def test_two_processes_run_and_resume_as_one_does(responses, folder, tmp_path):
     [
         ({"mesh.fsdp": 3}, r"mesh: .* does not multiply to the 8 devices; set one of them to -1"),
         ({"mesh.data": 0}, r"mesh\.data: a size is 1 or more, or -1 for the rest, got 0"),
-        ({"mesh.data": -1, "mesh.fsdp": -1}, "mesh: only one of data, fsdp and tensor may be -1"),
+        (
+            {"mesh.data": -1, "mesh.fsdp": -1},
+            "mesh: only one of data, fsdp, tensor and context may be -1",
+        ),
         ({"mesh.fsdp": 8, "rollout.slots": 4}, r"rollout\.slots: 4 do not split over .* 8 dev"),
+        ({"mesh.context": 8, "rollout.slots": 4}, r"rollout\.slots: 4 do not .* × context$"),
+        ({"mesh.auto": True, "mesh.fsdp": 8}, r"mesh\.auto: chooses all sizes; leave out mesh\.fs"),
+        ({"mesh.auto": True} | AHEAD, r"rollout\.ahead: .* rollout\.devices of its own"),
         ({"mesh.fsdp": 8} | AHEAD, r"rollout\.ahead: .* rollout\.devices of its own"),
         ({"mesh.fsdp": 8, "rollout.devices": 8}, r"rollout\.devices: 8 of 8 .* at most 7"),
     ],

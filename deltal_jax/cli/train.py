@@ -118,6 +118,7 @@ def _dry_run(name: str | None, overrides: dict, *, as_json: bool) -> int:
     config = load_config(name, overrides)
     check_run_folder(config)
     plan = make_plan(config)
+    config = plan.config
     files = [str(file) for file in config_files(name)]
     counts = batch_arithmetic(config)
     memory = memory_estimate(config, plan.architecture, plan.mesh)

@@ -218,15 +218,17 @@ def _check_rollout(config: Config) -> None:
 
 
 def _check_mesh(config: Config) -> None:
-    given = dataclasses.asdict(config.mesh)
+    given = config.mesh.sizes
+    if config.mesh.auto and (named := [name for name in given if given[name] is not None]):
+        raise UserError(f"mesh.auto: chooses all sizes; leave out mesh.{named[0]}, or this")
     for name, size in given.items():
         if size == 0:
             raise UserError(f"mesh.{name}: a size is 1 or more, or -1 for the rest, got 0")
     if list(given.values()).count(-1) > 1:
         raise UserError(
-            "mesh: only one of data, fsdp and tensor may be -1, the rest of the devices"
+            "mesh: only one of data, fsdp, tensor and context may be -1, the rest of the devices"
         )
-    several = any(size not in (None, 1) for size in given.values())
+    several = config.mesh.auto or any(size not in (None, 1) for size in given.values())
     if config.rollout.ahead and config.rollout.devices is None and several:
         raise UserError(
             "rollout.ahead: sampler and update would wait for each other on the same mesh; give "

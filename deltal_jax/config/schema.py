@@ -380,9 +380,23 @@ class MeshConfig:
     """Sizes of 1 or more, or -1: the rest of the devices. Where none is given, one process uses one
     device, and several use all of theirs, over fsdp: then nothing is held twice."""
 
+    auto: bool = field(
+        False, "choose the sizes by the model, the longest row and the memory of the devices"
+    )
     data: int | None = field(None, "devices that hold whole copies; rows are split", low=-1)
     fsdp: int | None = field(None, "devices that split parameters and moments, and rows", low=-1)
     tensor: int | None = field(None, "devices that split heads and the vocabulary", low=-1)
+    context: int | None = field(None, "devices that split the tokens of long rows", low=-1)
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """The size of each axis, as it is given."""
+        return {
+            "data": self.data,
+            "fsdp": self.fsdp,
+            "tensor": self.tensor,
+            "context": self.context,
+        }
 
 
 @dataclasses.dataclass(frozen=True)

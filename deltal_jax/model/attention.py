@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deltal_jax.model import kernels
+from deltal_jax.parallel.sharding import tokens_are_split
 
 #: Added to the scores that a query may not see; finite, so that a row that sees nothing stays
 #: finite.
@@ -96,10 +97,13 @@ def attend_rows(
 
     rows = (q, k, v, segment_ids)
     if kernel == "xla":
-        attend_xla = functools.partial(_attend_xla, window=_reach(window, local))
+        reach = _reach(window, local)
+        attend_xla = functools.partial(_attend_xla, window=reach)
         # A scan over blocks makes the compiler gather the rows of all devices: for six layers of a
         # 3B model on 32 v5e, 16.7 GiB of temporaries where 1.9 do.
-        return kernels.over_mesh(attend_xla, *rows) if q.shape[1] > WHOLE_ROW else attend_xla(*rows)
+        if q.shape[1] > WHOLE_ROW or tokens_are_split():
+            return kernels.over_mesh(attend_xla, *rows, reach)
+        return attend_xla(*rows)
     if window is None or isinstance(local, bool):
         return attend(window if local is True else None)(*rows)
     # Both kernels take only a window that is known beforehand.

@@ -31,6 +31,7 @@ from deltal_jax.model.cache import Cache, LayerCache, init_cache, layer_cache, t
 from deltal_jax.model.lora import LoRALinear
 from deltal_jax.model.precision import look_up, wide_product
 from deltal_jax.model.remat import ATTENTION, rematerialised
+from deltal_jax.parallel.sharding import constrain, tokens_are_split
 
 #: The parameters of each layer.
 Layers = list[Any]
@@ -88,7 +89,7 @@ class Attention(nnx.Module):
         """Queries, keys and values, rotated; queries times the attention scale."""
         arch = self.arch
         split = (*x.shape[:2], -1, arch.head_dim)
-        flat = x.reshape(-1, x.shape[-1])
+        flat = _by_token(x)
         q, k, v = (layer(flat).reshape(split) for layer in (self.q, self.k, self.v))
         if arch.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -98,7 +99,7 @@ class Attention(nnx.Module):
     def merge(self, heads: Float[Array, "N T H d"]) -> Float[Array, "N T D"]:
         """Join the heads and project back."""
         N, T, H, d = heads.shape
-        return self.o(heads.reshape(N * T, H * d)).reshape(N, T, -1)
+        return self.o(_by_token(heads.reshape(N, T, H * d))).reshape(N, T, -1)
 
 
 class GatedMLP(nnx.Module):
@@ -117,7 +118,7 @@ class GatedMLP(nnx.Module):
         self.activation = ACTIVATIONS[arch.activation]
 
     def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = _by_token(x)
         return self.down(self.activation(self.gate(flat)) * self.up(flat)).reshape(x.shape)
 
 
@@ -222,6 +223,7 @@ class Transformer(nnx.Module):
             parameters, local = layer
             block = nnx.merge(graphdef, parameters)
             turns = rotations(positions, rope_frequencies(self.arch, local))
+            x = constrain(x, "rows", "tokens", "act_embed")
             return block.rows(x, turns, segment_ids, local)[0], None
 
         layers = stacked, jnp.asarray(self._local())
@@ -232,7 +234,9 @@ class Transformer(nnx.Module):
 
     def embedded(self, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape D"]:
         """Embeddings, scaled as the family does."""
-        x = look_up(self.embed.embedding[...], tokens)
+        # Gathered, but for what splits the vocabulary: or devices would look up parts of rows, and
+        # the compiler put these together by having all rows everywhere.
+        x = look_up(constrain(self.embed.embedding[...], "vocab", "act_embed"), tokens)
         x = x.astype(self.arch.compute_dtype or x.dtype)
         return (
             x if self.arch.embed_scale == 1.0 else x * jnp.asarray(self.arch.embed_scale, x.dtype)
@@ -293,6 +297,11 @@ class Transformer(nnx.Module):
         arch = self.arch
         dtype = jnp.dtype(self._compute_dtype())
         return init_cache(arch.layers, slots, arch.kv_heads, time, arch.head_dim, dtype)
+
+
+def _by_token(x: Float[Array, "N T D"]) -> Float[Array, "*tokens D"]:
+    """Rows of tokens as one list, unless devices share a row: then as they are."""
+    return x if tokens_are_split() else x.reshape(-1, x.shape[-1])
 
 
 def take_apart(params: Any) -> tuple[Any, Layers]:

@@ -49,7 +49,7 @@ def chunked_logprobs(
     *,
     temperature: float = 1.0,
     entropy_gradient: bool = True,
-    shards: int = 1,
+    axis_name: str | tuple[str, ...] = (),
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     """`token_logprobs` of `head(parameters, hidden)` where `mask` is True, 0 elsewhere.
 
@@ -57,22 +57,16 @@ def chunked_logprobs(
     they need; the backward pass computes the logits of each chunk anew. So [tokens × vocabulary]
     never exists at once, and positions that no loss needs (prompts, padding) cost nothing and reach
     neither values nor gradients, NaN included. Differentiable once, in reverse mode, by
-    `parameters` and `hidden`; `entropy_gradient=False` leaves the entropy out. `shards` is the
-    number of devices that rows are split over: each gathers among its own.
+    `parameters` and `hidden`; `entropy_gradient=False` leaves the entropy out.
+
+    Inside `jax.shard_map`, `axis_name` names the mesh axes that the tokens are split over: all
+    devices take as many rounds, since what else splits the head may be waited for in each. Take
+    gradients outside of the shard_map, as with `aggregation.segment_sums`.
     """
     vocabulary = jax.eval_shape(head, parameters, hidden[0, :1]).shape[-1]
-    size = chunk_size(mask.size // shards, vocabulary)
-    hidden, targets = hidden.reshape(shards, -1, hidden.shape[-1]), targets.reshape(shards, -1)
-    found: Any = _chunked(
-        head,
-        temperature,
-        entropy_gradient,
-        size,
-        parameters,
-        hidden,
-        targets,
-        mask.reshape(shards, -1),
-    )
+    options = head, temperature, entropy_gradient, chunk_size(mask.size, vocabulary), axis_name
+    tokens = hidden.reshape(-1, hidden.shape[-1]), targets.ravel(), mask.ravel()
+    found: Any = _chunked(options, parameters, *tokens)
     return found[0].reshape(mask.shape), found[1].reshape(mask.shape)
 
 
@@ -82,57 +76,48 @@ def chunk_size(tokens: int, vocabulary: int) -> int:
     return min(tokens, max(CHUNK_TOKENS, tokens // CHUNK_FRACTION), affordable)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+#: The head, the temperature, whether the entropy has a gradient, tokens of a chunk, axis names.
+Options = tuple[Head, float, bool, int, str | tuple[str, ...]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(
-    head: Head,
-    temperature: float,
-    entropy_gradient: bool,
-    size: int,
+    options: Options,
     parameters: Any,
-    hidden: Float[Array, "S N D"],
-    targets: Int[Array, "S N"],
-    mask: Bool[Array, "S N"],
-) -> tuple[Float[Array, "S N"], Float[Array, "S N"]]:
-    del entropy_gradient
-    order, rounds = _order(mask, size)
+    hidden: Float[Array, "N D"],
+    targets: Int[Array, " N"],
+    mask: Bool[Array, " N"],
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    head, temperature, _, size, axis_name = options
+    order, rounds = _order(mask, size, axis_name)
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
 
     def body(i: Array, found: Pair) -> Pair:
         at = _chunk(order, i, size)
-        new = token_logprobs(
-            head(parameters, _gather(hidden, at)), _gather(targets, at), temperature=temperature
-        )
+        new = token_logprobs(head(parameters, hidden[at]), targets[at], temperature=temperature)
         return _place(found[0], new[0], i, size), _place(found[1], new[1], i, size)
 
     empty = jnp.zeros(order.shape, dtype)
     logprobs, entropies = jax.lax.fori_loop(0, rounds, body, (empty, empty))
 
     def spread(x: Array) -> Array:
-        return jnp.where(mask, _spread(x, order, mask.shape[1]), 0.0)
+        return jnp.where(mask, x[_places(order, mask.size)], 0.0)
 
     return spread(logprobs), spread(entropies)
 
 
-def _forward(
-    head: Head, temperature: float, entropy_gradient: bool, size: int, *arguments: Any
-) -> tuple[Pair, tuple]:
-    return _chunked(head, temperature, entropy_gradient, size, *arguments), arguments
+def _forward(options: Options, *arguments: Any) -> tuple[Pair, tuple]:
+    return _chunked(options, *arguments), arguments
 
 
-def _backward(
-    head: Head,
-    temperature: float,
-    entropy_gradient: bool,
-    size: int,
-    saved: tuple,
-    cotangents: Pair,
-) -> tuple:
+def _backward(options: Options, saved: tuple, cotangents: Pair) -> tuple:
+    head, temperature, entropy_gradient, size, axis_name = options
     parameters, hidden, targets, mask = saved
-    order, rounds = _order(mask, size)
+    order, rounds = _order(mask, size, axis_name)
 
     def body(i: Array, gradients: tuple[Any, Array]) -> tuple[Any, Array]:
         at = _chunk(order, i, size)
-        wanted = _gather(targets, at)
+        wanted = targets[at]
 
         def chunk(parameters: Any, hidden: Array) -> Pair:
             logprobs, entropies = token_logprobs(
@@ -140,15 +125,11 @@ def _backward(
             )
             return logprobs, entropies if entropy_gradient else jax.lax.stop_gradient(entropies)
 
-        own = i * size + jnp.arange(size) < mask.shape[1]  # not what pads the last chunk
-        live = own[None, :] & _gather(mask, at)
-        states = jnp.where(live[..., None], _gather(hidden, at), 0.0)  # a NaN times 0 is NaN
+        live = (i * size + jnp.arange(size) < mask.size) & mask[at]  # not what pads the last chunk
+        states = jnp.where(live[:, None], hidden[at], 0.0)  # a NaN times 0 is NaN
         pullback = jax.vjp(chunk, parameters, states)[1]
         of_parameters, of_hidden = pullback(
-            (
-                jnp.where(live, _gather(cotangents[0], at), 0.0),
-                jnp.where(live, _gather(cotangents[1], at), 0.0),
-            )
+            (jnp.where(live, cotangents[0][at], 0.0), jnp.where(live, cotangents[1][at], 0.0))
         )
         total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradients[0], of_parameters)
         return total, _place(gradients[1], of_hidden, i, size)
@@ -162,35 +143,32 @@ def _backward(
     )
     of_parameters, of_hidden = jax.lax.fori_loop(0, rounds, body, start)
     of_parameters = jax.tree.map(lambda g, x: g.astype(x.dtype), of_parameters, parameters)
-    of_hidden = jnp.where(mask[..., None], _spread(of_hidden, order, mask.shape[1]), 0.0)
+    of_hidden = jnp.where(mask[:, None], of_hidden[_places(order, mask.size)], 0.0)
     return of_parameters, of_hidden, None, None
 
 
 _chunked.defvjp(_forward, _backward)
 
 
-def _order(mask: Bool[Array, "S N"], size: int) -> tuple[Int[Array, "S Nc"], Array]:
-    """Each shard's tokens, the masked ones first, padded to whole chunks; and how many chunks the
-    fullest shard takes."""
-    order = jnp.argsort(~mask, axis=1, stable=True)
-    order = jnp.pad(order, ((0, 0), (0, -mask.shape[1] % size)))
-    fullest = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
-    return order, (fullest + size - 1) // size
+def _order(
+    mask: Bool[Array, " N"], size: int, axis_name: str | tuple[str, ...]
+) -> tuple[Int[Array, " Nc"], Array]:
+    """The tokens, the masked ones first, padded to whole chunks; and how many chunks these take, on
+    the device that has most."""
+    order = jnp.pad(jnp.argsort(~mask, stable=True), (0, -mask.size % size))
+    masked = jnp.sum(mask, dtype=jnp.int32)
+    most = jax.lax.pmax(masked, axis_name) if axis_name else masked
+    return order, (most + size - 1) // size
 
 
-def _chunk(order: Int[Array, "S Nc"], i: Array, size: int) -> Int[Array, "S c"]:
-    return jax.lax.dynamic_slice_in_dim(order, i * size, size, axis=1)
-
-
-def _gather(values: Array, at: Int[Array, "S c"]) -> Array:
-    at = at.reshape(*at.shape, *(1,) * (values.ndim - 2))
-    return jnp.take_along_axis(values, at, axis=1)
+def _chunk(order: Int[Array, " Nc"], i: Array, size: int) -> Int[Array, " c"]:
+    return jax.lax.dynamic_slice_in_dim(order, i * size, size)
 
 
 def _place(whole: Array, part: Array, i: Array, size: int) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), i * size, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), i * size, axis=0)
 
 
-def _spread(packed: Array, order: Int[Array, "S Nc"], width: int) -> Array:
-    """The inverse of gathering by `order`."""
-    return _gather(packed, jnp.argsort(order[:, :width], axis=1))
+def _places(order: Int[Array, " Nc"], tokens: int) -> Int[Array, " N"]:
+    """Where each token stands in `order`."""
+    return jnp.argsort(order[:tokens])

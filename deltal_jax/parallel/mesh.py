@@ -1,8 +1,8 @@
 """The device mesh and the start of several processes.
 
-The mesh has three axes. Rows of tokens are split over "data" and "fsdp"; parameters over "fsdp"
-(their wide dimensions, gathered when used) and "tensor" (heads, feed-forward, vocabulary). "data"
-holds whole copies of what the other two split.
+The mesh has four axes. Rows of tokens are split over "data" and "fsdp", the tokens of a row over
+"context"; parameters over "fsdp" and "context" (their wide dimensions, gathered when used) and
+"tensor" (heads, feed-forward, vocabulary). "data" holds whole copies of what the others split.
 """
 
 import importlib
@@ -17,7 +17,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from deltal_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+#: From the devices that say least to each other to those that say most, which are neighbours.
+AXES = ("data", "fsdp", "context", "tensor")
 #: Numbers of processes, as launchers that jax knows set them.
 LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 #: Number of processes on this host, as Open MPI sets it.
@@ -27,9 +28,14 @@ VISIBLE = ("jax_cuda_visible_devices", "jax_rocm_visible_devices")
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    context: int = 1,
+    *,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh of `devices` (None: all of all processes) with the axes data, fsdp and tensor.
+    """A mesh of `devices` (None: all of all processes) with the axes `AXES`.
 
     At most one size may be -1: the rest of the devices. Axis types are Auto: the compiler decides
     what happens between the shardings that are given, as jit over a named mesh is meant here;
@@ -37,8 +43,8 @@ def make_mesh(
     sizes don't multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = (data, fsdp, tensor)
-    said = f"data={data}, fsdp={fsdp}, tensor={tensor}"
+    sizes = (data, fsdp, context, tensor)
+    said = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh: sizes are 1 or more and at most one is -1 (the rest), got {said}")
     known = int(np.prod([size for size in sizes if size != -1]))
@@ -49,7 +55,7 @@ def make_mesh(
             "set one of them to -1, the rest"
         )
     shape = tuple(rest if size == -1 else size for size in sizes)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def describe_mesh(mesh: Mesh | AbstractMesh | None) -> str:

@@ -28,11 +28,12 @@ from deltal_jax.model.precision import ROUND_ALIKE
 from deltal_jax.model.transformer import cast_weights, take_apart
 from deltal_jax.parallel.processes import on_each
 from deltal_jax.parallel.sharding import (
-    ROW_AXES,
+    MESH_AXES,
+    SLOT_AXES,
     parameter_shardings,
     replicated_sharding,
-    row_sharding,
-    row_shards,
+    slot_sharding,
+    slot_shards,
 )
 from deltal_jax.rollout import checks, pools
 from deltal_jax.rollout.base import Finished
@@ -80,10 +81,10 @@ PREFILL_TOKENS = 8192
 class Engine:
     """Samples responses, on one device or on a mesh.
 
-    On a mesh the prompts are dealt out to the devices that split rows of tokens, each with its own
-    slots and queue, so that none waits for another inside a compiled program; heads are split over
-    "tensor". Parameters may lie as training keeps them: they are gathered over "fsdp" once a call,
-    and where they are on other devices than the mesh's copied from device to device.
+    On a mesh the prompts are dealt out to its devices, but for those of "tensor", which split
+    heads: each of the others has its own slots and queue, so that none waits for another inside a
+    compiled program. Parameters may lie as training keeps them: they are gathered once a call, but
+    for what "tensor" splits, and copied from device to device where they lie on others.
     Several processes call `generate` with the same arguments, and all get the whole rollout.
 
     Programs are compiled once for each number of responses, window and width of prompts; the
@@ -94,7 +95,7 @@ class Engine:
         self, graphdef: nnx.GraphDef, options: SamplingOptions, *, mesh: Mesh | None = None
     ):
         self.options, self.mesh = options, mesh
-        self.shards = 1 if mesh is None else row_shards(mesh)
+        self.shards = 1 if mesh is None else slot_shards(mesh)
         if options.slots % self.shards:
             raise UserError(
                 f"rollout.slots: {options.slots} do not split over the mesh's {self.shards} devices"
@@ -111,14 +112,23 @@ class Engine:
             alone=mesh is None or self.shards == 1,
             split=mesh is not None and mesh.shape["tensor"] > 1,
         )
+        prefill_rows = functools.partial(prefill, graphdef)
         if mesh is not None:
-            rows, whole = PartitionSpec(ROW_AXES), PartitionSpec()
+            rows, whole = PartitionSpec(SLOT_AXES), PartitionSpec()
+            prefill_rows = jax.shard_map(  # each its own: not every kernel is split by itself
+                prefill_rows,
+                mesh=mesh,
+                in_specs=(whole, rows),
+                out_specs=rows,
+                axis_names=set(SLOT_AXES),
+                check_vma=False,
+            )
             decode_queue = jax.shard_map(
                 decode_queue,
                 mesh=mesh,
                 in_specs=(whole, rows, rows, rows, whole, whole, whole),
                 out_specs=rows,
-                axis_names=set(ROW_AXES),
+                axis_names=set(SLOT_AXES),
                 check_vma=False,  # loops of different lengths on each device
             )
 
@@ -133,7 +143,7 @@ class Engine:
         self._run = alike(turn, donate_argnums=3)
         self._look = jax.jit(lambda slots: self._whole(finished_rows(options, slots)))
         self._read = jax.jit(self._read_rows)
-        self._prefill = alike(functools.partial(prefill, graphdef))
+        self._prefill = alike(prefill_rows)
         self._resize = jax.jit(resize, static_argnums=1)
         self._compact = jax.jit(compact, static_argnums=1)
         self._join = jax.jit(functools.partial(_join, self.shards))
@@ -147,13 +157,15 @@ class Engine:
         own = jax.tree.leaves(params)[0].sharding.device_set
         if self.mesh is None or own == set(self.mesh.devices.flat):
             return params
-        return jax.device_put(params, parameter_shardings(self.mesh, params, gathered=("fsdp",)))
+        return jax.device_put(
+            params, parameter_shardings(self.mesh, params, gathered=MESH_AXES["embed"])
+        )
 
     def _prepare(self, params: Any) -> Weights:
         dtype = nnx.merge(self._graphdef, params).arch.compute_dtype
         params = cast_weights(params, dtype)
         if self.mesh is not None:
-            shardings = parameter_shardings(self.mesh, params, gathered=("fsdp",))
+            shardings = parameter_shardings(self.mesh, params, gathered=MESH_AXES["embed"])
             params = jax.lax.with_sharding_constraint(params, shardings)
         return Weights(*take_apart(params))
 
@@ -163,8 +175,8 @@ class Engine:
         if self.mesh is None:
             return slots
         heads = "tensor" if model.arch.kv_heads % self.mesh.shape["tensor"] == 0 else None
-        split = NamedSharding(self.mesh, PartitionSpec(ROW_AXES, heads))
-        own = row_sharding(self.mesh)
+        split = NamedSharding(self.mesh, PartitionSpec(SLOT_AXES, heads))
+        own = slot_sharding(self.mesh)
         shardings = jax.tree.map(lambda _: own, slots)
         shardings = dataclasses.replace(shardings, cache=jax.tree.map(lambda _: split, slots.cache))
         return jax.lax.with_sharding_constraint(slots, shardings)
@@ -179,7 +191,7 @@ class Engine:
         """Rows on their devices."""
         if self.mesh is None:
             return jnp.asarray(array)
-        sharding = row_sharding(self.mesh)
+        sharding = slot_sharding(self.mesh)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     def generate(

@@ -193,6 +193,22 @@ def make_minibatches(
     return minibatches
 
 
+def pad_width(bucket: Bucket, multiple: int) -> Bucket:
+    """The bucket with its rows padded to a multiple of so many tokens: what devices that share the
+    tokens of a row need. Padding belongs to segment B, as all of it."""
+    extra = -bucket.tokens.shape[1] % multiple
+    if not extra:
+        return bucket
+
+    def pad(name: str, values: Any) -> Any:
+        filled = len(bucket.weights) if name == "segment_ids" else 0
+        return np.pad(values, ((0, 0), (0, extra)), constant_values=filled)
+
+    fields = {field.name: getattr(bucket, field.name) for field in dataclasses.fields(bucket)}
+    rows = {name: x for name, x in fields.items() if x is not None and x.ndim == 2}
+    return dataclasses.replace(bucket, **{name: pad(name, x) for name, x in rows.items()})
+
+
 def minibatch_share(minibatch_ids: np.ndarray, number: int, factor: float | None) -> float:
     """What multiplies the weights of the responses of a mini-batch: `factor`, or B / B_mb."""
     if factor is not None:

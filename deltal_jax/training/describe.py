@@ -11,7 +11,7 @@ from deltal_jax.model.attention import WHOLE_ROW
 from deltal_jax.model.lora import overlay, trained
 from deltal_jax.model.transformer import abstract_params, parameter_count
 from deltal_jax.parallel.mesh import describe_mesh
-from deltal_jax.parallel.sharding import parameter_shardings, row_shards
+from deltal_jax.parallel.sharding import parameter_shardings, row_shards, slot_shards
 from deltal_jax.rollout.checks import sampling_memory
 from deltal_jax.rollout.slots import SamplingOptions
 from deltal_jax.tasks.base import Task
@@ -309,10 +309,11 @@ def memory_estimate(
     model, (own, frozen) = config.model, _held(arch, mesh)
     narrow, stored = BYTES["bfloat16"], BYTES[model.param_dtype]
     buckets = _largest_buckets(config, mesh)
-    activations = max(activation_bytes(arch, *bucket) for bucket in buckets)
+    tokens = 1 if mesh is None else mesh.shape["context"]
+    activations = max(activation_bytes(arch, *bucket) for bucket in buckets) // tokens
     optimizer, gradients = config.rl.optimizer, _gradients(config) * own * FLOAT_BYTES
     moments = _moments(optimizer) * own * BYTES[optimizer.moment_dtype]
-    host = max(offloaded_bytes(arch, *bucket) for bucket in buckets)
+    host = max(offloaded_bytes(arch, *bucket) for bucket in buckets) // tokens
     if optimizer.offload:
         host += moments
         # On the devices while the step is taken, when nothing but the sum of gradients is there.
@@ -370,7 +371,7 @@ def sampling_parts(
     )
     shards, tensor = rollout.devices or 1, 1
     if mesh is not None and rollout.devices is None:
-        shards, tensor = row_shards(mesh), mesh.shape["tensor"]
+        shards, tensor = slot_shards(mesh), mesh.shape["tensor"]
     return sampling_memory(
         options,
         arch,

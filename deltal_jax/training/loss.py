@@ -13,6 +13,7 @@ from deltal_jax.objective.aggregation import policy_gradient_loss
 from deltal_jax.objective.divergence import kl_k3
 from deltal_jax.objective.logprobs import chunked_logprobs
 from deltal_jax.objective.surrogate import reinforce
+from deltal_jax.parallel.sharding import by_device
 from deltal_jax.types import Bucket
 
 #: Per-token losses from (logprobs, advantages of the tokens' responses, bucket).
@@ -75,7 +76,7 @@ class Meters:
 
 
 def bucket_logprobs(
-    graphdef: nnx.GraphDef, params: Any, bucket: Bucket, terms: LossTerms, shards: int = 1
+    graphdef: nnx.GraphDef, params: Any, bucket: Bucket, terms: LossTerms
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     """Log-probability of each trained token given those before it, and the entropy there; 0 for
     the others, whose logits are not computed."""
@@ -85,25 +86,27 @@ def bucket_logprobs(
     inside = bucket.segment_ids == jnp.roll(bucket.segment_ids, -1, axis=1)
     wanted = (jnp.roll(bucket.loss_mask, -1, axis=1) & inside).at[:, -1].set(False)
     head, parameters = model.head_function()
-    found = chunked_logprobs(
-        head,
-        parameters,
-        hidden,
-        jnp.roll(bucket.tokens, -1, axis=1),
-        wanted,
-        temperature=terms.temperature,
-        entropy_gradient=terms.entropy_coefficient != 0,
-        shards=shards,
-    )
+
+    def of_device(axes: tuple[str, ...], parameters: Any, *tokens: Array) -> tuple[Array, Array]:
+        return chunked_logprobs(
+            head,
+            parameters,
+            *tokens,
+            temperature=terms.temperature,
+            entropy_gradient=terms.entropy_coefficient != 0,
+            axis_name=axes,
+        )
+
+    found = by_device(of_device, parameters, hidden, jnp.roll(bucket.tokens, -1, axis=1), wanted)
     logprobs, entropy = (jnp.roll(x, 1, axis=1) for x in found)
     return logprobs, entropy
 
 
 def microbatch_loss(
-    graphdef: nnx.GraphDef, params: Any, bucket: Bucket, terms: LossTerms, shards: int = 1
+    graphdef: nnx.GraphDef, params: Any, bucket: Bucket, terms: LossTerms
 ) -> tuple[Float[Array, ""], Meters]:
     """The terms summed over the responses of one bucket, and its metrics."""
-    logprobs, entropy = bucket_logprobs(graphdef, params, bucket, terms, shards)
+    logprobs, entropy = bucket_logprobs(graphdef, params, bucket, terms)
     advantages = jnp.pad(bucket.advantages, (0, 1))[bucket.segment_ids]
     ids, mask = bucket.segment_ids, bucket.loss_mask
     arguments = (logprobs, advantages, bucket)

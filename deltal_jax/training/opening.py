@@ -168,7 +168,7 @@ def check_mesh(setup: Setup, position: Position) -> None:
     if setup.config.rollout.partial and before not in (None, now):
         raise UserError(
             f"mesh: the run was on {before}, which decides how far rollout.partial comes in a "
-            f"step, and cannot go on on {now}; set mesh.data, mesh.fsdp and mesh.tensor as before"
+            f"step, and cannot go on on {now}; set the sizes of mesh as before"
         )
 
 

@@ -14,7 +14,12 @@ from deltal_jax.tasks.base import Task
 from deltal_jax.tasks.catalog import make_task
 from deltal_jax.tasks.files import missing_files
 from deltal_jax.trackers import check_trackers
-from deltal_jax.training.devices import lacking_devices, make_training_mesh, shape_of_mesh
+from deltal_jax.training.devices import (
+    choose_training_mesh,
+    lacking_devices,
+    make_training_mesh,
+    shape_of_mesh,
+)
 from deltal_jax.training.setup import check_config, check_setup, make_architecture, make_setup
 
 
@@ -52,7 +57,7 @@ def make_plan(config: Config) -> Plan:
         notes.append(f"note: {model.path} is not here; its shape is known, a run fetches the rest")
     here = config
     if lacking := lacking_devices(config):  # a plan for another machine
-        rest = "; -1, the rest, counts as 1" if -1 in vars(config.mesh).values() else ""
+        rest = "; -1, the rest, counts as 1" if -1 in config.mesh.sizes.values() else ""
         notes.append(f"note: not {lacking} devices here, so their memory is not checked{rest}")
         mesh = shape_of_mesh(config)
         alone = dataclasses.replace(config.rollout, devices=None)
@@ -60,11 +65,17 @@ def make_plan(config: Config) -> Plan:
     if model.path is None or not (missing or published):
         setup = make_setup(here)
         check_setup(setup, memory=not lacking)
-        return Plan(config, setup.architecture, setup.task, notes, mesh or setup.mesh)
+        slots = config if lacking else setup.config
+        notes += [setup.chosen] if setup.chosen else []
+        return Plan(slots, setup.architecture, setup.task, notes, mesh or setup.mesh)
     if published is None:
         published = huggingface.read_config(find_checkpoint(model.path, model.revision))
     check_config(config, published)
     architecture = make_architecture(config, 0, published)
-    mesh = mesh if lacking else make_training_mesh(config)
+    if config.mesh.auto and not lacking:
+        config, mesh, chosen = choose_training_mesh(config, architecture)
+        notes.append(chosen)
+    elif not lacking:
+        mesh = make_training_mesh(config)
     task = None if missing else make_task(config.task)
     return Plan(config, architecture, task, notes, mesh)

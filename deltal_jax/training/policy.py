@@ -173,7 +173,7 @@ def rollout_logprobs(update: Update, params: Any, rollout: Rollout, **layout: An
     for bucket in make_buckets(rollout, everything, advantages=ones, weights=ones, **layout):
         mask = np.asarray(bucket.loss_mask)
         columns = np.asarray(bucket.positions)[mask]
-        values = np.asarray(update.logprobs(params, update.place(bucket)))
+        values = np.asarray(update.logprobs(params, update.place(bucket)))[:, : mask.shape[1]]
         found[np.asarray(bucket.segment_ids)[mask], columns] = values[mask]
     return found
 

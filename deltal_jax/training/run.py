@@ -217,6 +217,8 @@ class Run:
         self._summarise(facts)
         self.display.say(f"run folder: {self.folder}")
         self.display.say(describe_model(config, self.setup.architecture, self.setup.mesh))
+        if self.setup.chosen is not None:
+            self.display.say(self.setup.chosen)
         if found := describe_task(self.setup.task):
             self.display.say(found)
         self.display.say(said)

@@ -40,7 +40,11 @@ from deltal_jax.tasks.base import Problem, Task
 from deltal_jax.tasks.catalog import make_task
 from deltal_jax.tasks.files import load_rewards
 from deltal_jax.training.describe import sampling_parts
-from deltal_jax.training.devices import make_sampling_mesh, make_training_mesh
+from deltal_jax.training.devices import (
+    choose_training_mesh,
+    make_sampling_mesh,
+    make_training_mesh,
+)
 from deltal_jax.training.loss import SUPERVISED
 from deltal_jax.training.objective import loss_config, make_loss
 from deltal_jax.training.optimizer import make_optimizer, optimizer_meter
@@ -68,6 +72,8 @@ class Setup:
     base_fingerprint: dict[str, str] | None = None
     #: The devices that train, and those that sample where there are no others; None: one device.
     mesh: Mesh | None = None
+    #: Why its sizes are what they are, where `mesh.auto` chose them.
+    chosen: str | None = None
 
 
 def pin_checkpoint(config: Config) -> Config:
@@ -84,7 +90,7 @@ def pin_checkpoint(config: Config) -> Config:
 def make_setup(config: Config, saved: Path | None = None) -> Setup:
     """The parts that a config names. The tokenizer and the shape of the model come from the folder
     `saved` that `save_model_files` made, from that of `model.path`, or are made anew."""
-    mesh = make_training_mesh(config)
+    mesh, chosen = None if config.mesh.auto else make_training_mesh(config), None
     task = make_task(config.task)
     checkpoint_config = None
     folder = saved
@@ -96,11 +102,14 @@ def make_setup(config: Config, saved: Path | None = None) -> Setup:
     else:
         tokenizer = read_tokenizer(folder)
     architecture = make_architecture(config, tokenizer.vocab_size, checkpoint_config)
+    if config.mesh.auto:
+        config, mesh, chosen = choose_training_mesh(config, architecture)
     graphdef = make_graphdef(architecture)
     kept = None
     if saved is not None and architecture.lora is not None:
         kept = read_object(saved / BASE)
-    return Setup(config, task, tokenizer, architecture, graphdef, checkpoint_config, kept, mesh)
+    rest = checkpoint_config, kept, mesh, chosen
+    return Setup(config, task, tokenizer, architecture, graphdef, *rest)
 
 
 def save_model_files(setup: Setup, folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 Pure functions of the parameters; jit-compiled once per bucket shape, accumulators donated. Weights
 were fixed for the whole rollout batch before (objective/aggregation.py), so nothing here divides,
-and on a mesh the devices only add: rows are split over its data and fsdp axes.
+and on a mesh the devices only add: rows are split over its data and fsdp axes, the tokens of a row
+over context.
 
 Where the model has adapters these alone are trained: gradients, optimizer and reference know no
 others. Gradients are added and the optimizer computes in float32 or better, whatever the types that
@@ -31,6 +32,7 @@ from deltal_jax.parallel.sharding import (
     shard_bucket,
     state_shardings,
 )
+from deltal_jax.training.buckets import pad_width
 from deltal_jax.training.loss import LossTerms, Meters, bucket_logprobs, microbatch_loss
 from deltal_jax.training.optimizer import ROUNDING_STREAM, on_host, round_like, widen
 from deltal_jax.types import Bucket, TrainState
@@ -99,16 +101,15 @@ class Update:
         #: Whether the state has a running mean of past gradients.
         self.remembers = remembers
         self._inits: dict[Any, Callable[..., TrainState]] = {}
-        shards = 1 if mesh is None else row_shards(mesh)
         #: Rows of a bucket are a multiple of this.
-        self.row_multiple = shards * (2 if halves else 1)
+        self.row_multiple = (1 if mesh is None else row_shards(mesh)) * (2 if halves else 1)
         # Said of all that is made here, as it is of what is restored: to JAX these are programs of
         # their own, and a resumed run would compile all of them anew.
         self._device = None if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
         def gradient(params: Any, bucket: Bucket) -> Gradient:
             def loss(part: Any) -> tuple[Array, Meters]:
-                return microbatch_loss(graphdef, overlay(params, part), bucket, terms, shards)
+                return microbatch_loss(graphdef, overlay(params, part), bucket, terms)
 
             (value, meters), grads = jax.value_and_grad(loss, has_aux=True)(trained(params))
             return Gradient(self._pin(widen(grads)), value, meters)
@@ -140,7 +141,7 @@ class Update:
         #: log π of each token of a bucket, Float[N T], at the temperature of the terms; whole on
         #: every device.
         self.logprobs = self._jit(
-            lambda params, bucket: bucket_logprobs(graphdef, params, bucket, terms, shards)[0],
+            lambda params, bucket: bucket_logprobs(graphdef, params, bucket, terms)[0],
             out_shardings=None if mesh is None else replicated_sharding(mesh),
         )
         if mesh is None:
@@ -152,7 +153,7 @@ class Update:
         self.single = self._pinned(single, self._as_state, donate_argnums=0)
 
     def _jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """Compiled where the mesh is known to the kernels of attention, which split by it."""
+        """Compiled where the mesh is known to what splits by it: attention, and `constrain`."""
         compiled = jax.jit(function, compiler_options=ROUND_ALIKE, **options)
         if self.mesh is None:
             return compiled
@@ -231,8 +232,11 @@ class Update:
         return self._inits[kind](params, key)
 
     def place(self, bucket: Bucket) -> Bucket:
-        """The bucket on the device, or on those of the mesh, its rows split over them."""
-        return jax.device_put(bucket) if self.mesh is None else shard_bucket(self.mesh, bucket)
+        """The bucket on the device, or on those of the mesh, its rows split over them, and the
+        tokens of rows, which are padded to be as many on each."""
+        if self.mesh is None:
+            return jax.device_put(bucket)
+        return shard_bucket(self.mesh, pad_width(bucket, self.mesh.shape["context"]))
 
     def accumulate(self, params: Any, buckets: Sequence[Bucket]) -> Gradient:
         """The gradient of the sum of the losses of all micro-batches."""

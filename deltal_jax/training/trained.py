@@ -44,7 +44,7 @@ class Trained:
 
 
 #: Fields of a config that has no mesh of its own.
-ONE_DEVICE = {f"mesh.{field.name}": None for field in dataclasses.fields(MeshConfig)}
+ONE_DEVICE = {f"mesh.{name}": value for name, value in vars(MeshConfig()).items()}
 #: Fields of one whose moments lie on the devices.
 ON_DEVICE = {f"{phase}.optimizer.offload": False for phase in ("sft", "rl")}
 #: Which RL steps of a run; "best": by its own evaluations; None: its newest checkpoint, of whatever
