@@ -234,9 +234,11 @@ class Transformer(nnx.Module):
 
     def embedded(self, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape D"]:
         """Embeddings, scaled as the family does."""
-        # Gathered, but for what splits the vocabulary: or devices would look up parts of rows, and
-        # the compiler put these together by having all rows everywhere.
-        x = look_up(constrain(self.embed.embedding[...], "vocab", "act_embed"), tokens)
+        matrix = self.embed.embedding[...]
+        if tokens_are_split():
+            # Left to itself the compiler would have parts of the rows of all tokens everywhere.
+            matrix = constrain(matrix, "vocab", "act_embed")
+        x = look_up(matrix, tokens)
         x = x.astype(self.arch.compute_dtype or x.dtype)
         return (
             x if self.arch.embed_scale == 1.0 else x * jnp.asarray(self.arch.embed_scale, x.dtype)
