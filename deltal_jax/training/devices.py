@@ -1,6 +1,8 @@
 """Which devices train and which sample, from a config."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -11,23 +13,25 @@ from deltal_jax.parallel.mesh import AXES, make_mesh
 from deltal_jax.parallel.sharding import row_shards
 
 
-def make_training_mesh(config: Config) -> Mesh | None:
-    """The devices that train; None: one device of one process.
+def make_training_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """The devices that train, of these (None: all of all processes); None: one device of one
+    process.
 
     Where the config names no sizes, several processes split everything over fsdp: nothing of the
     model's size is held twice, and rows are split as they would be over data. Raises UserError
     where the sizes don't multiply to the devices, or slots don't split over them.
     """
+    devices = jax.devices() if devices is None else devices
     sampling = config.rollout.devices or 0
-    several = jax.process_count() > 1
+    several = len({device.process_index for device in devices}) > 1
     if several and sampling:
         raise UserError("rollout.devices: on several processes all devices train; leave it out")
     if several and config.rollout.ahead:
         raise UserError("rollout.ahead: on several processes sampling waits its turn; set it to 0")
     if config.mesh == MeshConfig() and not several:
         return None
-    make_sampling_mesh(config)  # leaves some
-    devices = jax.devices()[: jax.device_count() - sampling]
+    make_sampling_mesh(config, devices)  # leaves some
+    devices = devices[: len(devices) - sampling]
     sizes = (1, -1, 1) if config.mesh == MeshConfig() else _sizes(config)
     found = make_mesh(*sizes, devices=devices)
     _check_slots(config, found)
@@ -59,12 +63,13 @@ def _check_slots(config: Config, mesh: Mesh | AbstractMesh) -> None:
         )
 
 
-def make_sampling_mesh(config: Config) -> Mesh | None:
-    """The devices that sample only, each with the whole model; None: those that train sample, too.
+def make_sampling_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """The devices that sample only, of these (None: all), each with the whole model; None: those
+    that train sample, too.
 
     Raises UserError where none is left to train.
     """
-    wanted, devices = config.rollout.devices, jax.devices()
+    wanted, devices = config.rollout.devices, jax.devices() if devices is None else devices
     if wanted is None:
         return None
     if wanted >= len(devices):
