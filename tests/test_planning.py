@@ -15,7 +15,7 @@ from deltal_jax.config import load_config, shipped_configs
 from deltal_jax.errors import UserError
 from deltal_jax.model import transformer
 from deltal_jax.model.transformer import abstract_params, make_graphdef
-from deltal_jax.parallel.mesh import make_mesh
+from deltal_jax.parallel.mesh import AXES, make_mesh
 from deltal_jax.planning import arithmetic, counting, hlo, several
 from deltal_jax.planning.chips import CHIPS
 from deltal_jax.planning.lengths import Lengths
@@ -279,13 +279,15 @@ def test_lengths_have_the_mean_and_the_percentile_that_were_asked_for():
 def test_every_experiment_names_its_slice_and_every_named_one_is_planned_as_it_says():
     assert several.named() == set(shipped_configs())
     assert several.slices_of("countdown-tiny") == []
+    assert several.slices_of("some/configs/gsm8k-0.5b-v5e8.yaml")[0].topology == "v5e:2x4"
+    assert several.slices_of("my-own.yaml") == []
     (found,) = several.slices_of("paper/math-delta-l-7b")
     assert (found.topology, found.overrides["mesh.fsdp"]) == ("v5p:2x2x2", 8)
     rows = several.rows(everything=False)
     for own in [*rows, *(x for name in shipped_configs() for x in several.slices_of(name))]:
         slice_ = parse_topology(own.topology)
         mesh = load_config(own.config, own.overrides).mesh
-        sizes = [size or 1 for size in (mesh.data, mesh.fsdp, mesh.tensor)]
+        sizes = [getattr(mesh, axis) or 1 for axis in AXES]
         assert math.prod(sizes) in (1, slice_.size), own
     assert len({(own.name, own.topology) for own in rows}) == len(rows)
 
@@ -336,3 +338,21 @@ def test_the_text_of_a_plan_says_by_whom_what_takes_most_and_what_to_do(capsys):
     assert out[0] == "gpu:h100x8, 8 chips of 74.51 GiB; by arithmetic alone: an estimate"
     assert out[-2].startswith("does not fit: all parts needs ") and "moment_dtype" in out[-1]
     assert Topology("h100", (8,)).chip.hbm / GIB == pytest.approx(74.51, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("said", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: Used 17.50G of 15.75G hbm. Exceeded hbm capacity", 17.5 * GIB),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (512.00M) exceeds available HBM (15.75G).",
+            0.5 * GIB + 100,
+        ),
+        ("INTERNAL: something else", None),
+    ],
+)
+def test_a_refusal_of_the_compiler_tells_what_would_be_needed(said, needed):
+    from deltal_jax.planning.compiling import _needed
+
+    assert _needed(said, arguments=100) == needed

@@ -1,5 +1,6 @@
 """What is planned is what runs: the same functions, and the same programs to the letter."""
 
+import gzip
 import importlib.util
 import json
 
@@ -9,6 +10,7 @@ import pytest
 
 from deltal_jax.cli.main import main
 from deltal_jax.config import load_config
+from deltal_jax.planning.compiling import Cache, compile_program
 from deltal_jax.planning.plan import ways_out
 from deltal_jax.planning.programs import bucket_shapes, make_planned, on_chip, update_programs
 from deltal_jax.planning.sampling import decoding_programs, weights_program
@@ -114,6 +116,27 @@ def test_the_planned_sampling_is_that_of_an_engine():
     programs = [weights_program(planned, {}), *decoding_programs(planned, {}, layout)]
     for own in programs:
         assert own.lower().as_text() == seen[own.name], own.name
+
+
+def test_the_same_program_is_compiled_once_also_by_another_process(tmp_path):
+    _, planned = setup_of({})
+    program = update_programs(planned, [(8, 32)])[-1]
+    said, folder = [], tmp_path / "texts"
+    cache = Cache(tmp_path / "plans.json", folder)
+    found, layout = compile_program(planned, program, cache, said.append)
+    assert said == ["compiling apply"] and layout is None
+    again, _ = compile_program(planned, program, Cache(tmp_path / "plans.json"), said.append)
+    assert again == found and len(said) == 1
+    _, layout = compile_program(planned, program, cache, said.append, layout=True)
+    assert layout is not None and len(said) == 2  # how results lie is not kept
+    (text,) = folder.iterdir()
+    assert gzip.decompress(text.read_bytes()).startswith(b"HloModule jit__apply")
+    # The state is given back where it was, and what is new is a few numbers.
+    memory = found.memory
+    assert 0 < memory["outputs"] - memory["aliased"] < 200
+    own = sum(found.held.values()) - found.beside
+    assert memory["arguments"] == pytest.approx(own, abs=200)
+    assert found.needed > own and not found.stacks
 
 
 def test_the_widest_and_the_narrowest_bucket_are_planned_or_all_that_may_be_chosen():

@@ -131,12 +131,14 @@ def compile_program(
     key = _key(lowered, planned)
     known, found_layout = cache.get(key), None
     if known is None or (layout and not known["refused"]):
-        say(f"compiling {program.name} {program.shape[0]} × {program.shape[1]}")
+        rows, width = program.shape
+        say(f"compiling {program.name}" + (f" {rows} × {width}" if rows else ""))
         known, found_layout = _compile(
             planned, program, lowered, functools.partial(cache.keep, key)
         )
         known["seconds"] = round(time.monotonic() - began, 1)
         known["cpu_seconds"] = round(time.process_time() - spent, 1)
+        known = json.loads(json.dumps(known))  # as another process reads it
         cache.put(key, known)
     found = Compiled(
         name=program.name,
@@ -146,7 +148,7 @@ def compile_program(
         beside=program.beside,
         **known,
     )
-    return found, found_layout
+    return found, found_layout if layout else None
 
 
 def _key(lowered: jax.stages.Lowered, planned: Planned) -> str:
@@ -167,7 +169,7 @@ def _compile(
         with no_compile_cache():
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed(str(error))
+        needed = _needed(str(error), sum(program.held.values()) - program.beside)
         if needed is None:
             said = " ".join(str(error).split())[:300]
             raise UserError(f"plan: the compiler refuses {program.name}: {said}") from error
@@ -213,7 +215,11 @@ def _rounds(planned: Planned, program: Program) -> float:
     return math.ceil(tokens / chunk_size(tokens, planned.arch.vocab))
 
 
-def _needed(said: str) -> int | None:
+def _needed(said: str, arguments: int) -> int | None:
     """Bytes that a program would need, by the compiler's refusal; None: it says another thing."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", said)
-    return int(float(found[1]) * UNITS[found[2]]) if found else None
+    all_ = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", said)
+    temporaries = re.search(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available", said)
+    found = all_ or temporaries
+    if found is None:
+        return None
+    return int(float(found[1]) * UNITS[found[2]]) + (0 if all_ else arguments)

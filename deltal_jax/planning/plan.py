@@ -14,6 +14,7 @@ from deltal_jax.model.hub import find_checkpoint, is_here
 from deltal_jax.model.published import PUBLISHED
 from deltal_jax.model.transformer import parameter_count
 from deltal_jax.parallel.mesh import describe_mesh
+from deltal_jax.parallel.sharding import ROW_AXES
 from deltal_jax.planning import arithmetic
 from deltal_jax.planning.compiling import Cache, Compiled, compile_program
 from deltal_jax.planning.lengths import Lengths
@@ -259,8 +260,8 @@ def _nearest(found: list[Compiled], shape: tuple[int, int]) -> Compiled:
 
 
 def _scaled(planned: Planned, topology: Topology, own: Compiled, shape: tuple[int, int]) -> Times:
-    """Of another shape than the compiled one: FLOPs as the architecture says, memory as tokens, and
-    collectives as tokens over the axes that split no rows; over the others parameters go."""
+    """Of another shape than the compiled one: FLOPs as the architecture says, memory as tokens;
+    collectives over the axes that split rows carry parameters, and those over others tokens."""
     arch = planned.arch
 
     def flops(rows: int, width: int) -> float:
@@ -269,7 +270,10 @@ def _scaled(planned: Planned, topology: Topology, own: Compiled, shape: tuple[in
 
     tokens = math.prod(shape) / math.prod(own.shape)
     work = _work(planned, own)
-    sent = {axes: size * (tokens if "tensor" in axes else 1.0) for axes, size in own.sent.items()}
+    sent = {
+        axes: size * (1.0 if set(axes) <= set(ROW_AXES) else tokens)
+        for axes, size in own.sent.items()
+    }
     work = Work(work.flops * flops(*shape) / flops(*own.shape), work.hbm_bytes * tokens, sent)
     return _times(planned, topology, own, work)
 

@@ -40,7 +40,7 @@ def slices_of(config: str) -> list[Slice]:
     name = config.removesuffix(".yaml")
     for entry in _read()["slices"]:
         patterns = entry["configs"]
-        if any(fnmatch.fnmatchcase(name, own) or name.endswith(f"/{own}") for own in patterns):
+        if any(fnmatch.fnmatchcase(f"/{name}", f"*/{own}") for own in patterns):
             if entry["topology"] == CPU:
                 return []
             return [Slice(name, config, entry["topology"], entry.get("set") or {})]

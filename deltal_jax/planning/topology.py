@@ -14,8 +14,14 @@ from jax.sharding import Mesh
 from deltal_jax.errors import UserError
 from deltal_jax.planning.chips import CHIPS, Chip
 
-#: GPUs of a node, which reach each other without the network.
-NODE = 8
+#: What libtpu would ask a cloud that is not there, and complain of; and its lock, which is for
+#: those that run something.
+QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,17 +81,16 @@ def parse_topology(text: str) -> Topology:
 
 
 def tpu_devices(topology: Topology) -> list[Any]:
-    """Its devices, for the compiler alone. Takes libtpu's lock for the life of the process.
+    """Its devices, for the compiler alone.
 
-    Raises UserError where libtpu is not installed, does not know the slice, or another process has
-    the lock.
+    Raises UserError where libtpu is not installed or does not know the slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "--topology: the compiler of TPUs is not installed; pip install 'deltal-jax[tpu]'"
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks a cloud that is not there
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiles; another process may train
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     options = {}
