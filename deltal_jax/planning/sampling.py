@@ -1,5 +1,6 @@
 """The programs of sampling, and arguments for them that are only shapes: see `programs.py`."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -45,7 +46,8 @@ def decoding_programs(planned: Planned, kept: Parts, layout: Any) -> list[Progra
     number: Any = jax.ShapeDtypeStruct((count,), jnp.int32)
     store = Store(cache, number, number)
     if mesh is None:
-        slots, store = placed(None, devices, slots), placed(None, devices, store)
+        # What depends on no array of the device goes where the others are.
+        store = dataclasses.replace(store, cache=placed(None, devices, cache))
     else:
         slots = placed(mesh, devices, slots, engine.layout(slots, planned.arch))
         store = placed(mesh, devices, store, engine.layout(store, planned.arch))
