@@ -221,6 +221,25 @@ def test_a_slice_that_a_fusion_reads_counts_as_its_part_and_what_stays_near_as_n
     assert counting.count(hlo.parse(text), {}).hbm_bytes == 64 * 4 + 4
 
 
+def test_a_fusion_that_only_renames_what_it_is_given_hides_no_reading():
+    """As TPUs write the matrices of a decoding step; and a prefetch is read and not written."""
+    text = (
+        "%view (p: bf16[64,32]) -> bf16[64,32] {\n  %p = bf16[64,32]{1,0} parameter(0)\n"
+        "  ROOT %b = bf16[64,32]{1,0} bitcast(%p)\n}\n"
+        "%inside (m: bf16[64,32], x: bf16[4,64]) -> bf16[4,32] {\n"
+        "  %m = bf16[64,32]{1,0} parameter(0)\n  %x = bf16[4,64]{1,0} parameter(1)\n"
+        "  %v = bf16[64,32]{1,0} fusion(%m), kind=kLoop, calls=%view\n"
+        "  ROOT %c = bf16[4,32]{1,0} convolution(%x, %v), dim_labels=bf_io->bf\n}\n"
+        "ENTRY %main (m: bf16[64,32], x: bf16[4,64]) -> bf16[4,32] {\n"
+        "  %m.1 = bf16[64,32]{1,0} parameter(0)\n  %x.1 = bf16[4,64]{1,0:S(1)} parameter(1)\n"
+        "  %s = ((bf16[64,32]{1,0}), bf16[64,8]{1,0:S(1)}, s32[]) slice-start(%m.1)\n"
+        "  ROOT %f = bf16[4,32]{1,0:S(1)} fusion(%m.1, %x.1), kind=kOutput, calls=%inside\n}\n"
+    )
+    found = counting.count(hlo.parse(text), {})
+    assert found.hbm_bytes == 2 * (64 * 32 + 64 * 8)
+    assert found.flops == 2 * 4 * 64 * 32
+
+
 def gradient_count(arch, rows, width):
     """Of the gradient of a micro-batch on one device, every token trained."""
     graphdef = make_graphdef(arch)

@@ -29,6 +29,10 @@ FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all "
     "partition-id replica-id opt-barrier iota add-dependency".split()
 )
+#: Other names and layouts of an array, inside a fusion.
+VIEWS = ("bitcast", "reshape", "copy")
+#: Calls of the compiler's own that move nothing.
+NOTES = ("AllocateBuffer", "ConcatBitcast", "AssumeGather", "PrepareAsync", "AsyncCollective")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +305,11 @@ def _hbm_bytes(module: Module, computation: Computation, own: Instruction) -> fl
             if not shape.near
         )
         return read + _written(inner, own)
+    if own.operation == "slice-start":  # of a tuple: what it is of, and the slice
+        far = [x for x in (operands[0].shapes[0], own.shapes[1]) if not x.near]
+        return own.shapes[1].bytes * len(far)
+    if own.operation == "custom-call" and any(x in own.attributes for x in NOTES):
+        return 0.0
     if own.operation in ("dynamic-slice", "slice", "gather"):
         return sum(2 * shape.bytes for shape in own.shapes if not shape.near)
     if own.operation in ("dynamic-update-slice", "scatter"):
@@ -321,7 +330,7 @@ def _read(module: Module, inner: Computation, number: int, shape: Shape) -> floa
 def _used(module: Module, inner: Computation, name: str) -> Iterable[float]:
     for user in inner.users(name):
         first = user.operands[0] == name
-        if user.operation in ("bitcast", "reshape", "copy"):
+        if user.operation in VIEWS:
             yield from _used(module, inner, user.name)
         elif user.operation in ("dynamic-slice", "slice", "gather") and first:
             yield user.shapes[0].bytes
@@ -330,10 +339,21 @@ def _used(module: Module, inner: Computation, name: str) -> Iterable[float]:
         elif user.operation == "fusion" and user.calls:
             part = module.computations[user.calls[0]]
             for number, operand in enumerate(user.operands):
-                if operand == name:
+                parameter = part.parameter(number)
+                if operand == name and parameter is not None and _behind(part) is parameter:
+                    yield from _used(module, inner, user.name)  # the same by another name
+                elif operand == name:
                     yield _read(module, part, number, inner.instructions[name].shapes[0])
         else:
             yield inner.instructions[name].shapes[0].bytes
+
+
+def _behind(part: Computation) -> Instruction:
+    """What a computation gives, without changes of its shape alone."""
+    found = part.root
+    while found.operation in VIEWS and found.operands:
+        found = part.instructions[found.operands[0]]
+    return found
 
 
 def _written(inner: Computation, own: Instruction) -> float:
@@ -342,7 +362,7 @@ def _written(inner: Computation, own: Instruction) -> float:
     parts = [inner.instructions[x] for x in root.operands] if root.operation == "tuple" else [root]
     total = 0.0
     for part, shape in zip(parts, own.shapes, strict=False):
-        while part.operation in ("bitcast", "copy", "reshape") and part.operands:
+        while part.operation in VIEWS and part.operands:
             part = inner.instructions[part.operands[0]]
         if part.operation == "dynamic-update-slice":
             total += inner.instructions[part.operands[1]].shapes[0].bytes
