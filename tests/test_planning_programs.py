@@ -10,11 +10,14 @@ import pytest
 
 from deltal_jax.cli.main import main
 from deltal_jax.config import load_config
+from deltal_jax.parallel.mesh import make_mesh
 from deltal_jax.planning.compiling import Cache, compile_program
 from deltal_jax.planning.plan import ways_out
 from deltal_jax.planning.programs import bucket_shapes, make_planned, on_chip, update_programs
 from deltal_jax.planning.sampling import decoding_programs, weights_program
+from deltal_jax.planning.topology import axis_links, parse_topology, tpu_devices
 from deltal_jax.training.buckets import bucket_layout, make_buckets
+from deltal_jax.training.devices import make_sampling_mesh, make_training_mesh
 from deltal_jax.training.setup import init_params, make_engine, make_setup, make_update
 from tests import fakes
 
@@ -169,8 +172,6 @@ def planned_rows():
     """[8, 3] of float32, its rows over two devices."""
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from deltal_jax.parallel.mesh import make_mesh
-
     mesh = make_mesh(data=1, fsdp=2, devices=jax.devices()[:2])
     own = NamedSharding(mesh, PartitionSpec("fsdp"))
     return jax.ShapeDtypeStruct((8, 3), np.float32, sharding=own)
@@ -210,3 +211,25 @@ def test_what_does_not_fit_on_a_chip_is_said_with_a_way_out(capsys):
     out = capsys.readouterr().out
     assert "does not fit: " in out
     assert "rl.optimizer.moment_dtype=bfloat16" in out and "mesh.fsdp=2" in out
+
+
+@needs_compiler
+@pytest.mark.xdist_group("libtpu")
+def test_the_devices_that_sample_need_be_no_whole_slice_and_a_host_of_eight_is_one_process():
+    config = load_config("gsm8k-0.5b-v5e8")
+    devices = tpu_devices(parse_topology("v5e:2x4"))
+    assert {device.process_index for device in devices} == {0}
+    assert make_training_mesh(config, devices) is None
+    sampling = make_sampling_mesh(config, devices)
+    assert sampling.shape["data"] == 7 and devices[0] not in set(sampling.devices.flat)
+
+
+@needs_compiler
+@pytest.mark.xdist_group("libtpu")
+def test_a_collective_has_the_links_of_the_dimensions_that_its_groups_extend_in():
+    topology = parse_topology("v5p:4x4x4")
+    mesh = make_mesh(data=1, fsdp=16, tensor=4, devices=tpu_devices(topology))
+    every = axis_links(topology, mesh, ("fsdp", "tensor"))
+    assert every == 6  # three rings
+    assert axis_links(topology, mesh, ("tensor",)) == 2
+    assert axis_links(topology, mesh, ("fsdp",)) == 4
