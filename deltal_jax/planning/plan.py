@@ -113,7 +113,10 @@ def report(
         "worst": worst.name,
         "spare": 1 - worst.needed / chip.hbm,
         "programs": rows,
-        "stacks_outside_scan": [own for program in programs for own in program.stacks],
+        # The sampler's weights are gathered at once, on purpose.
+        "stacks_outside_scan": [
+            stack for own in programs if own.name in ("add", "logprobs") for stack in own.stacks
+        ],
         "ways_out": [] if fits else ways_out(planned, worst),
     }
     if not refused:

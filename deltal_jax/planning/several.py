@@ -20,6 +20,16 @@ from deltal_jax.config.files import config_folder
 from deltal_jax.errors import UserError
 from deltal_jax.planning.topology import parse_topology
 
+#: Above the table.
+HEAD = """\
+# What the compiler of TPUs says of the experiments
+
+By `scripts/plan_all`, without a TPU: no run has measured any of it. Memory is that of the fullest program with all
+that is kept beside it, against what the compiler may use of a chip. The MFU and the times are bounds at nominal peak rates
+for lengths of a third of the limit on average (95th percentile: the limit); what they mean is in
+[planning](../deltal_jax/planning/README.md).
+
+"""
 #: Of no slice: an experiment for a CPU.
 CPU = "cpu"
 
@@ -118,7 +128,7 @@ def plan_rows(
         say(f"  {verdict(plan)}")
         code = code or int(not plan["fits"])
         done.append((own.name, plan))
-        to.write_text(markdown(done), encoding="utf-8")
+        to.write_text(HEAD + markdown(done), encoding="utf-8")
         to.with_suffix(".json").write_text(json.dumps(dict(rows=done), indent=1), encoding="utf-8")
     return code
 
