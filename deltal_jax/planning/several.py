@@ -24,10 +24,10 @@ from deltal_jax.planning.topology import parse_topology
 HEAD = """\
 # What the compiler of TPUs says of the experiments
 
-By `scripts/plan_all`, without a TPU: no run has measured any of it. Memory is that of the fullest program with all
-that is kept beside it, against what the compiler may use of a chip. The MFU and the times are bounds at nominal peak rates
-for lengths of a third of the limit on average (95th percentile: the limit); what they mean is in
-[planning](../deltal_jax/planning/README.md).
+By `scripts/plan_all`, without a TPU: no run has measured any of it. Memory is that of the fullest
+program with all that is kept beside it, against what the compiler may use of a chip. The MFU and
+the times are bounds at nominal peak rates, for lengths of a third of the limit on average (95th
+percentile: the limit); what they mean is in [planning](../deltal_jax/planning/README.md).
 
 """
 #: Of no slice: an experiment for a CPU.
