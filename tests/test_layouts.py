@@ -100,7 +100,7 @@ def takes(config, arch, layout):
         ("Qwen/Qwen2.5-0.5B", 80, {}, {"data"}),  # eight copies
         ("Qwen/Qwen2.5-3B", 32, {}, {"data", "fsdp"}),
         ("Qwen/Qwen2.5-7B", 32, {}, {"fsdp", "tensor"}),  # the sampler's weights have no room
-        ("Qwen/Qwen2.5-3B", 80, LONG, {"context"}),  # nor have the activations of a row
+        ("Qwen/Qwen2.5-3B", 22, LONG, {"context"}),  # nor have the activations of a row
     ],
 )
 def test_what_is_split_follows_the_model_and_the_longest_row(name, memory, options, axes):

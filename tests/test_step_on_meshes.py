@@ -263,7 +263,7 @@ def test_two_processes_take_the_step_of_one_device():
 
 
 #: Scanned, as no fewer layers are; heads that 2 tensor devices divide.
-DEEP = dataclasses.replace(fakes.PLAIN, layers=6, d_model=32, d_ff=48, remat=True)
+DEEP = dataclasses.replace(fakes.PLAIN, layers=6, d_model=32, d_ff=48, remat="layer")
 
 
 def collectives(sizes):

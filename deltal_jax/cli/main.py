@@ -12,6 +12,7 @@ from deltal_jax.cli import (
     debug,
     evaluate,
     export,
+    plan,
     prepare,
     report,
     sample,
@@ -30,6 +31,7 @@ COMMANDS = {
     "export": export,
     "prepare": prepare,
     "variance": variance,
+    "plan": plan,
     "weights": weights,
     "bench": bench,
     "debug": debug,
@@ -44,6 +46,7 @@ examples:
   deltal train run.dir=runs/x --resume               go on from the newest checkpoint
   deltal sample runs/x "7 1 5 -> 40"                 ask a trained model one problem
   deltal report runs/x runs/y                        one page about both, to look at or to send
+  deltal plan my.yaml --topology v5e:8x8             does it fit there, how fast can it be
   deltal weights lengths.json --alpha 0.5,1          every aggregation's weights for your lengths
 
 exit codes: 0 done, 1 the run failed, 2 bad input (one line says which field and what to do)

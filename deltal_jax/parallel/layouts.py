@@ -67,7 +67,7 @@ def choose_layout(
     raise UserError(
         f"mesh.auto: no layout of {devices} devices of {_gib(memory)} GiB holds the run: "
         f"{before[0]} takes the least, about {_gib(before[1])} of {_gib(free)} GiB; use more "
-        "devices, model.remat=true, fewer rollout.slots, or shorter rows"
+        "devices, model.remat=layer, fewer rollout.slots, or shorter rows"
     )
 
 

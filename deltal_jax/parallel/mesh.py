@@ -55,7 +55,20 @@ def make_mesh(
             "set one of them to -1, the rest"
         )
     shape = tuple(rest if size == -1 else size for size in sizes)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    if not _is_box(devices):
+        return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+
+
+def _is_box(devices: Sequence[Any]) -> bool:
+    """Whether these are all chips of a slice of TPUs from its first corner on, as
+    `rollout.devices` need not leave; jax lays out no others. True elsewhere."""
+    coords = [getattr(device, "coords", None) for device in devices]
+    if not all(coords):
+        return True
+    sides = np.max(np.asarray(coords), axis=0) + 1
+    return int(np.prod(sides)) == len({tuple(own) for own in coords if own is not None})
 
 
 def describe_mesh(mesh: Mesh | AbstractMesh | None) -> str:

@@ -26,6 +26,7 @@ from deltal_jax.guard.signals import check
 from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.precision import ROUND_ALIKE
 from deltal_jax.model.transformer import cast_weights, take_apart
+from deltal_jax.parallel.on_mesh import OnMesh
 from deltal_jax.parallel.processes import on_each
 from deltal_jax.parallel.sharding import (
     MESH_AXES,
@@ -143,7 +144,10 @@ class Engine:
         self._run = alike(turn, donate_argnums=3)
         self._look = jax.jit(lambda slots: self._whole(finished_rows(options, slots)))
         self._read = jax.jit(self._read_rows)
-        self._prefill = alike(prefill_rows)
+        if mesh is None:
+            self._prefill: Any = alike(prefill_rows)
+        else:  # whose kernel of attention splits by the rest of the mesh
+            self._prefill = OnMesh(prefill_rows, mesh, compiler_options=ROUND_ALIKE)
         self._resize = jax.jit(resize, static_argnums=1)
         self._compact = jax.jit(compact, static_argnums=1)
         self._join = jax.jit(functools.partial(_join, self.shards))
@@ -174,12 +178,28 @@ class Engine:
         slots = empty_slots(model, self.options, window, rows, self.shards)
         if self.mesh is None:
             return slots
-        heads = "tensor" if model.arch.kv_heads % self.mesh.shape["tensor"] == 0 else None
+        return jax.lax.with_sharding_constraint(slots, self.layout(slots, model.arch))
+
+    def layout(self, slots: Any, arch: Architecture) -> Any:
+        """Where slots, or a store of prompts, lie on the mesh: split by their first axis, the cache
+        by heads too."""
+        assert self.mesh is not None
+        heads = "tensor" if arch.kv_heads % self.mesh.shape["tensor"] == 0 else None
         split = NamedSharding(self.mesh, PartitionSpec(SLOT_AXES, heads))
         own = slot_sharding(self.mesh)
         shardings = jax.tree.map(lambda _: own, slots)
-        shardings = dataclasses.replace(shardings, cache=jax.tree.map(lambda _: split, slots.cache))
-        return jax.lax.with_sharding_constraint(slots, shardings)
+        return dataclasses.replace(shardings, cache=jax.tree.map(lambda _: split, slots.cache))
+
+    @property
+    def programs(self) -> dict[str, Any]:
+        """What is compiled of the model: its parameters as sampling reads them, free slots, the
+        cache of prompts, and the decoding of slots until the host has something to do."""
+        return {
+            "weights": self._weights,
+            "empty": self._empty,
+            "prefill": self._prefill,
+            "decode": self._run,
+        }
 
     def _whole(self, tree: Any) -> Any:
         """The same on every device, so that every process can read it."""

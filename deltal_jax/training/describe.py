@@ -1,6 +1,7 @@
 """A config in words and numbers, before anything runs: formula, batch arithmetic, memory."""
 
 import math
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -363,22 +364,27 @@ def sampling_parts(
     the mesh that trains, unless others sample."""
     rollout, rl = config.rollout, config.rl
     options = SamplingOptions(rollout.slots, rollout.max_response_length, eos_ids=())
-    every = abstract_params(arch)
-    dtype = "bfloat16" if config.lora.rank else config.model.param_dtype
-    held, own = (
-        jax.tree.map(lambda x, dtype=dtype: jax.ShapeDtypeStruct(x.shape, dtype), tree)
-        for tree, dtype in ((every, dtype), (trained(every), config.model.param_dtype))
-    )
     shards, tensor = rollout.devices or 1, 1
     if mesh is not None and rollout.devices is None:
         shards, tensor = slot_shards(mesh), mesh.shape["tensor"]
     return sampling_memory(
         options,
         arch,
-        overlay(held, own),
+        stored_params(config, arch),
         (math.ceil(rl.prompts_per_step * rollout.oversampling), rollout.max_prompt_length),
         rl.samples_per_prompt,
         carried=rollout.partial,
         shards=shards,
         tensor=tensor,
     )
+
+
+def stored_params(config: Config, arch: Architecture) -> Any:
+    """Shapes and types of all parameters of a run, without allocating them."""
+    every = abstract_params(arch)
+    dtype = "bfloat16" if config.lora.rank else config.model.param_dtype
+    held, own = (
+        jax.tree.map(lambda x, dtype=dtype: jax.ShapeDtypeStruct(x.shape, dtype), tree)
+        for tree, dtype in ((every, dtype), (trained(every), config.model.param_dtype))
+    )
+    return overlay(held, own)

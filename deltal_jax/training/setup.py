@@ -196,9 +196,13 @@ def draw_training(setup: Setup, start: int, count: int) -> Drawn:
 
 
 def make_architecture(
-    config: Config, vocab: int, checkpoint_config: dict[str, Any] | None = None
+    config: Config,
+    vocab: int,
+    checkpoint_config: dict[str, Any] | None = None,
+    platform: str | None = None,
 ) -> Architecture:
-    """The model's shape, of the checkpoint if there is one, with how the config computes it.
+    """The model's shape, of the checkpoint if there is one, with how the config computes it on
+    `platform`, by default the one here.
 
     `vocab` is the tokenizer's; raises UserError where the checkpoint has fewer rows.
     """
@@ -223,19 +227,19 @@ def make_architecture(
         arch,
         remat=model.remat,
         compute_dtype=model.compute_dtype,
-        attention=_kernel(config, arch.head_dim),
+        attention=_kernel(config, arch.head_dim, platform or jax.default_backend()),
         lora=LoRA(lora.rank, lora.alpha, lora.targets) if lora.rank else None,
     )
 
 
-def _kernel(config: Config, head_dim: int) -> Kernel:
-    """The kernel of attention. Raises UserError where the config names one that can't serve it."""
+def _kernel(config: Config, head_dim: int, here: str) -> Kernel:
+    """The kernel of attention on this platform. Raises UserError where the config names one that
+    can't serve it."""
     wanted, dtype, packed = config.model.attention, config.model.compute_dtype, config.rl.pack
     if wanted == "auto":
-        return default_attention(jax.default_backend(), dtype, head_dim, packed)
-    if wanted != "xla" and OWN.get(jax.default_backend()) != wanted:
+        return default_attention(here, dtype, head_dim, packed)
+    if wanted != "xla" and OWN.get(here) != wanted:
         platform = next(name for name, own in OWN.items() if own == wanted).upper()
-        here = jax.default_backend()
         raise UserError(
             f"model.attention: {wanted} needs a {platform}, and JAX runs on {here} here"
         )
@@ -300,7 +304,11 @@ def abstract_trained(setup: Setup) -> Any:
 def make_update(setup: Setup, phase: str) -> Update:
     """The update of the phase "sft" or "rl"; the same object where the config says the same of it,
     so that a second run in this process compiles nothing."""
-    config = setup.config
+    return update_of(setup.config, setup.graphdef, setup.mesh, phase)
+
+
+def update_of(config: Config, graphdef: nnx.GraphDef, mesh: Mesh | None, phase: str) -> Update:
+    """The same for a model that need not be here, on devices that need not be either."""
     if phase == "sft":
         options, steps, loss = config.sft.optimizer, config.sft.steps, None
     else:
@@ -309,7 +317,7 @@ def make_update(setup: Setup, phase: str) -> Update:
     if options.schedule == "constant":
         steps = 0  # nothing depends on it
     measured = phase == "rl", config.halves, config.objective.alpha == "mse"
-    return _make_update(setup.graphdef, options, steps, loss, setup.mesh, measured)
+    return _make_update(graphdef, options, steps, loss, mesh, measured)
 
 
 @functools.lru_cache(maxsize=8)
@@ -340,10 +348,11 @@ def make_engine(setup: Setup, *, temperature: float, training: bool = False) -> 
     """The config's sampler for training and its evaluations; `training` takes the config's top-k,
     top-p and min-p too, and its devices. One in this process is the same object for the same
     options, so that training, evaluation and a second run share what is compiled."""
-    config, options = setup.config, _sampling_options(setup, temperature, training)
+    config = setup.config
+    options = sampling_options(config, setup.tokenizer.eos_ids, temperature, training)
     if config.rollout.engine == "jax":
         mesh = make_sampling_mesh(config) if training else None
-        return _make_engine(setup.graphdef, options, mesh or setup.mesh)
+        return engine_of(setup.graphdef, options, mesh or setup.mesh)
     server = config.rollout.server
     assert server.url is not None  # by the config's rules
     if server.weights_dir is None and config.run.dir is None:
@@ -362,31 +371,35 @@ def make_engine(setup: Setup, *, temperature: float, training: bool = False) -> 
 
 
 @functools.lru_cache(maxsize=8)
-def _make_engine(
-    graphdef: nnx.GraphDef, options: SamplingOptions, mesh: Mesh | None = None
-) -> Engine:
+def engine_of(graphdef: nnx.GraphDef, options: SamplingOptions, mesh: Mesh | None = None) -> Engine:
+    """A sampler of this process, the same object for the same arguments."""
     return Engine(graphdef, options, mesh=mesh)
 
 
 def make_local_engine(setup: Setup, *, temperature: float) -> Engine:
     """A sampler in this process whatever the config says: a server may be in use by a run."""
-    return _make_engine(setup.graphdef, _sampling_options(setup, temperature, training=False))
+    options = sampling_options(setup.config, setup.tokenizer.eos_ids, temperature)
+    return engine_of(setup.graphdef, options)
 
 
 def make_streamer(setup: Setup, params: Any, *, temperature: float) -> Streamer:
     """The same for one response at a time, by these parameters."""
-    return Streamer(setup.graphdef, _sampling_options(setup, temperature, training=False), params)
+    options = sampling_options(setup.config, setup.tokenizer.eos_ids, temperature)
+    return Streamer(setup.graphdef, options, params)
 
 
-def _sampling_options(setup: Setup, temperature: float, training: bool) -> SamplingOptions:
-    rollout = setup.config.rollout
+def sampling_options(
+    config: Config, eos_ids: tuple[int, ...], temperature: float, training: bool = False
+) -> SamplingOptions:
+    """How the config draws responses; `training` takes its top-k, top-p and min-p too."""
+    rollout = config.rollout
     filters: dict[str, Any] = {}
     if training:
         filters = dict(top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p)
     return SamplingOptions(
         slots=rollout.slots,
         max_response_length=rollout.max_response_length,
-        eos_ids=setup.tokenizer.eos_ids,
+        eos_ids=eos_ids,
         temperature=temperature,
         **filters,
     )

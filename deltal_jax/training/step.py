@@ -11,6 +11,7 @@ parameters and moments are stored in.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from jaxtyping import Array, Float
 from deltal_jax.guard.pulse import pulse
 from deltal_jax.model.lora import overlay, trained
 from deltal_jax.model.precision import ROUND_ALIKE
+from deltal_jax.parallel.on_mesh import OnMesh
 from deltal_jax.parallel.sharding import (
     half_sharding,
     replicated_sharding,
@@ -137,7 +139,7 @@ class Update:
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         self.gradient = gradient
-        self.add = self._pinned(add, self._as_sum, donate_argnums=1)
+        self.add = self._jit(add, self._as_sum, donate_argnums=1)
         #: log π of each token of a bucket, Float[N T], at the temperature of the terms; whole on
         #: every device.
         self.logprobs = self._jit(
@@ -147,40 +149,22 @@ class Update:
         if mesh is None:
             self._zero = jax.jit(zero, out_shardings=self._device)
         else:
-            self._zero = self._pinned(zero, self._as_gradient)
-        self.apply = self._pinned(self._apply, self._as_state, donate_argnums=0)
+            self._zero = self._jit(zero, self._as_gradient)
+        self.apply = self._jit(self._apply, self._as_state, donate_argnums=0)
         #: One micro-batch and its optimizer step in one program; the metrics stay on the device.
-        self.single = self._pinned(single, self._as_state, donate_argnums=0)
+        self.single = self._jit(single, self._as_state, donate_argnums=0)
 
-    def _jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """Compiled where the mesh is known to what splits by it: attention, and `constrain`."""
-        compiled = jax.jit(function, compiler_options=ROUND_ALIKE, **options)
-        if self.mesh is None:
-            return compiled
-
-        def call(*arguments: Any) -> Any:
-            with jax.set_mesh(self.mesh):
-                return compiled(*arguments)
-
-        return call
-
-    def _pinned(
-        self, function: Callable[..., Any], layout: Callable[[Any], Any], **options: Any
-    ) -> Callable[..., Any]:
-        """Compiled such that what it gives lies on the mesh as `layout` says of its first argument.
-        What the compiler chose for itself could be another layout, or the same by another name, for
-        which all that takes it would be compiled anew."""
-        if self.mesh is None and not self.offload:
-            return self._jit(function, **options)
-        compiled: dict[Any, Callable[..., Any]] = {}
-
-        def call(first: Any, *others: Any) -> Any:
-            kind = jax.tree.structure(first)
-            if kind not in compiled:
-                compiled[kind] = self._jit(function, out_shardings=layout(first), **options)
-            return compiled[kind](first, *others)
-
-        return call
+    def _jit(
+        self,
+        function: Callable[..., Any],
+        layout: Callable[[Any], Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Compiled; on a mesh, and where moments are offloaded, such that what it gives lies as
+        `layout` says of its first argument."""
+        if self.mesh is None and (layout is None or not self.offload):
+            return jax.jit(function, compiler_options=ROUND_ALIKE, **options)
+        return OnMesh(function, self.mesh, layout, compiler_options=ROUND_ALIKE, **options)
 
     def layout(self, state: TrainState) -> TrainState:
         """The sharding of each array of a state, of arrays or shapes: on the mesh or the device,
@@ -217,19 +201,21 @@ class Update:
         trained parameters as those of the reference model; `donate` gives the memory of `params` to
         the state."""
 
-        def init(params: Any, key: Array) -> TrainState:
-            part = trained(params)
-            kept = jax.tree.map(jnp.copy, part) if reference else None
-            opt_state = self._store(self.optimizer.init(widen(part)))
-            none_yet = jax.tree.map(jnp.zeros_like, widen(part)) if self.remembers else None
-            return TrainState(params, opt_state, jnp.zeros((), jnp.int32), key, kept, none_yet)
-
+        init = functools.partial(self.fresh, reference=reference)
         kind = jax.tree.structure(params), reference, donate
         if kind not in self._inits:
             shardings = self.layout(jax.eval_shape(init, params, key))
             donated = (0,) if donate else ()
             self._inits[kind] = jax.jit(init, donate_argnums=donated, out_shardings=shardings)
         return self._inits[kind](params, key)
+
+    def fresh(self, params: Any, key: Array, *, reference: bool = False) -> TrainState:
+        """What `init` compiles."""
+        part = trained(params)
+        kept = jax.tree.map(jnp.copy, part) if reference else None
+        opt_state = self._store(self.optimizer.init(widen(part)))
+        none_yet = jax.tree.map(jnp.zeros_like, widen(part)) if self.remembers else None
+        return TrainState(params, opt_state, jnp.zeros((), jnp.int32), key, kept, none_yet)
 
     def place(self, bucket: Bucket) -> Bucket:
         """The bucket on the device, or on those of the mesh, its rows split over them, and the
