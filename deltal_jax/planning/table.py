@@ -23,6 +23,14 @@ def show(plan: dict[str, Any]) -> str:
         lines.append("")
     if "update" in plan:
         lines += [*_bounds(plan), ""]
+    if own := plan.get("full_microbatch"):
+        shape = " × ".join(map(str, own["shape"]))
+        lines += [
+            f"full micro-batch {shape}: products alone take {own['seconds_bound']:.3g} s; MFU at "
+            f"most {own['mfu_bound']:.0%}",
+            f"useful products of a step's updates: {plan['seconds_useful']:.3g} s",
+            "",
+        ]
     for own in plan.get("stacks_outside_scan", ()):
         dims = "×".join(map(str, own["dims"]))
         lines.append(f"warning: a whole stack of parameters, {dims}, is gathered outside the scan")

@@ -98,10 +98,16 @@ def tpu_devices(topology: Topology) -> list[Any]:
         options["chips_per_host_bounds"] = [*topology.shape, *[1] * (3 - len(topology.shape))]
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
-        return list(found.devices)
+        devices = list(found.devices)
     except Exception as error:  # of its own kinds, and RuntimeError
         said = " ".join(str(error).split())[:200]
         raise UserError(f"--topology: libtpu does not give {topology.name}: {said}") from error
+    if len(devices) != topology.size:  # v4: here each core is one, on the machine each chip
+        raise UserError(
+            f"--topology: libtpu gives {len(devices)} devices for the {topology.size} chips of "
+            f"{topology.name}, as a run there would not have them; plan for v5p"
+        )
+    return devices
 
 
 def axis_links(topology: Topology, mesh: Mesh, axes: Sequence[str]) -> int:
