@@ -10,7 +10,9 @@ import pytest
 
 from deltal_jax.cli.main import main
 from deltal_jax.config import load_config
+from deltal_jax.errors import UserError
 from deltal_jax.parallel.mesh import make_mesh
+from deltal_jax.planning import several
 from deltal_jax.planning.compiling import Cache, compile_program
 from deltal_jax.planning.plan import ways_out
 from deltal_jax.planning.programs import bucket_shapes, make_planned, on_chip, update_programs
@@ -233,3 +235,14 @@ def test_a_collective_has_the_links_of_the_dimensions_that_its_groups_extend_in(
     assert every == 6  # three rings
     assert axis_links(topology, mesh, ("tensor",)) == 2
     assert axis_links(topology, mesh, ("fsdp",)) == 4
+
+
+@needs_compiler
+@pytest.mark.xdist_group("libtpu")
+def test_a_mesh_that_does_not_follow_the_sides_of_a_slice_is_refused_and_those_of_the_table_do():
+    devices = tpu_devices(parse_topology("v6e:4x8"))
+    with pytest.raises(UserError, match=r"^mesh: .* does not follow the sides of this slice"):
+        make_mesh(data=1, fsdp=16, tensor=2, devices=devices)
+    for own in several.rows(everything=False):
+        config = load_config(own.config, own.overrides)
+        assert make_training_mesh(config, tpu_devices(parse_topology(own.topology))) or config.mesh

@@ -58,7 +58,13 @@ def make_mesh(
     types = (AxisType.Auto,) * len(AXES)
     if not _is_box(devices):
         return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError as error:
+        raise UserError(
+            f"mesh: {said} does not follow the sides of this slice of TPUs; make each size a "
+            "product of some of them, such as fsdp=8, tensor=4 on 4x8"
+        ) from error
 
 
 def _is_box(devices: Sequence[Any]) -> bool:
