@@ -13,15 +13,16 @@ import pytest
 
 from deltal_jax import Reward, train
 from deltal_jax.config import load_config
+from deltal_jax.errors import UserError
 from deltal_jax.model.remat import PINNED_HOST
 from deltal_jax.model.transformer import abstract_params, make_graphdef
 from deltal_jax.parallel.mesh import make_mesh
-from deltal_jax.parallel.sharding import row_shards, state_shardings
+from deltal_jax.parallel.sharding import state_shardings
 from deltal_jax.training.activations import activation_bytes, offloaded_bytes
 from deltal_jax.training.buckets import make_buckets
 from deltal_jax.training.describe import describe_model, memory_estimate
 from deltal_jax.training.loss import SUPERVISED, Meters
-from deltal_jax.training.setup import make_architecture
+from deltal_jax.training.setup import check_setup, make_architecture, make_setup
 from deltal_jax.training.step import Gradient, Update
 from deltal_jax.types import TrainState
 from tests import fakes
@@ -32,14 +33,11 @@ OFFLOAD = {"rl.optimizer.offload": True, "sft.optimizer.offload": True}
 
 
 @functools.cache
-def stepped(sizes, moments, offload):
+def stepped(moments, offload):
     """The state after two updates."""
     graphdef, params = fakes.model(fakes.PLAIN)
-    mesh = None if sizes is None else make_mesh(*sizes)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
-    update = Update(
-        graphdef, optimizer, SUPERVISED, mesh=mesh, moment_dtype=moments, offload=offload
-    )
+    update = Update(graphdef, optimizer, SUPERVISED, moment_dtype=moments, offload=offload)
     rollout, ones = fakes.rollout(COUNT), np.ones(COUNT, np.float32)
     buckets = make_buckets(
         rollout,
@@ -48,7 +46,6 @@ def stepped(sizes, moments, offload):
         weights=ones,
         edges=(30,),
         tokens_per_microbatch=240,
-        row_multiple=1 if mesh is None else row_shards(mesh),
     )
     state = update.init(params, jax.random.key(0))
     for _ in range(2):
@@ -64,9 +61,9 @@ def where(state):
     return [(x.sharding.memory_kind, x.ndim) for x in leaves]
 
 
-@pytest.mark.parametrize(("sizes", "moments"), [(None, "bfloat16"), ((2, 2, 2), "float32")])
-def test_moments_in_the_hosts_memory_change_no_bit(sizes, moments):
-    host, device = (stepped(sizes, moments, offload) for offload in (True, False))
+@pytest.mark.parametrize("moments", ["bfloat16", "float32"])
+def test_moments_in_the_hosts_memory_change_no_bit(moments):
+    host, device = (stepped(moments, offload) for offload in (True, False))
     for kind, dimensions in where(host):
         assert kind == (PINNED_HOST if dimensions else "device")
     assert {kind for kind, _ in where(device)} == {"device"}
@@ -176,3 +173,14 @@ def test_a_tpu_has_the_moments_in_the_hosts_memory(monkeypatch):
     ):
         assert size == pytest.approx(2 * part, rel=0.05)  # norms are whole on each
     assert found.output_size_in_bytes == pytest.approx(part, rel=0.05)
+
+
+def test_a_mesh_of_cpus_is_refused_in_one_line():
+    """Its devices, waiting for each other and for copies, were seen to wait for ever."""
+    setup = make_setup(
+        load_config("countdown-tiny", TINY | OFFLOAD | {"mesh.data": -1, "rollout.slots": 8})
+    )
+    with pytest.raises(
+        UserError, match=r"^sft.optimizer.offload: not on a mesh of CPUs; set it to"
+    ):
+        check_setup(setup)

@@ -232,7 +232,7 @@ def test_planned_memory_is_what_a_dry_run_says(name):
 
 def test_every_model_that_is_named_has_a_known_shape():
     named = {shipped(name).model.path for name in shipped_configs()} - {None}
-    assert named == PUBLISHED.keys()
+    assert named <= PUBLISHED.keys()
 
 
 def test_a_dump_has_every_field_of_every_base(tmp_path):

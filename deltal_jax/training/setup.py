@@ -151,6 +151,9 @@ def _check_offload(setup: Setup) -> None:
     if config.model.remat == "offload":
         check_pinned_host("model.remat", device, "layer")
     for phase, options in (("sft", config.sft.optimizer), ("rl", config.rl.optimizer)):
+        if options.offload and setup.mesh is not None and device.platform == "cpu":
+            # Devices that wait for each other, and for copies, can wait for ever.
+            raise UserError(f"{phase}.optimizer.offload: not on a mesh of CPUs; set it to false")
         if options.offload:
             check_pinned_host(f"{phase}.optimizer.offload", device, "false")
 
