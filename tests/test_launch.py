@@ -67,6 +67,14 @@ exec env -i HOME="$HOME" PATH="$PATH" TMPDIR="$TMPDIR/$1" bash -c "$2"
 )
 
 
+def repository(folder):
+    """A repository without a .venv, whose `deltal` would be found before ours."""
+    found = folder / "repository"
+    found.mkdir()
+    (found / "scripts").symlink_to(ROOT / "scripts")
+    return found
+
+
 @pytest.fixture
 def tools(tmp_path, monkeypatch):
     """A folder of programs, found before all others."""
@@ -164,7 +172,7 @@ def test_a_signal_reaches_the_run_and_starts_nothing_again(tools, tmp_path):
 )
 def test_slurm_queues_anew_what_was_stopped_or_failed(code, restarts, queued, tools, tmp_path):
     folder = tools(str(code), deltal=DELTAL, srun=SRUN, scontrol=ASIDE)
-    variables = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
+    variables = {"SLURM_SUBMIT_DIR": str(repository(tmp_path)), "SLURM_JOB_ID": "7"}
     variables["SLURM_RESTART_COUNT"] = str(restarts)
     assert run("slurm.sbatch", tmp_path / "x", "gsm8k-0.5b-24gb", **variables).returncode == code
     asides = (folder / "asides").read_text().splitlines()
@@ -219,7 +227,11 @@ def test_the_jobset_restarts_as_a_whole_but_for_bad_input():
 def test_every_node_is_told_by_ssh_who_it_is_and_stops(tools, tmp_path):
     folder = tools("wait wait", deltal=DELTAL, ssh=APART)
     given = "one two", tmp_path / "x y", "countdown-tiny"
-    home = {"DELTAL_HOME": str(ROOT), "DELTAL_PORT": "9911", "DELTAL_HEARTBEAT": "7 "}
+    home = {
+        "DELTAL_HOME": str(repository(tmp_path)),
+        "DELTAL_PORT": "9911",
+        "DELTAL_HEARTBEAT": "7 ",
+    }
     assert run("gpu-ssh", "start", *given, "seed=3", **home).returncode == 0
     until(lambda: (folder / "calls").exists() and len(calls(folder)) == 2)
     found = sorted(calls(folder), key=lambda call: call[1]["JAX_PROCESS_ID"])
