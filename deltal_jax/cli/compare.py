@@ -5,7 +5,7 @@ import json
 import shlex
 from pathlib import Path
 
-from deltal_jax.config import parse_overrides
+from deltal_jax.cli.options import split_items
 from deltal_jax.errors import UserError
 from deltal_jax.guard import signals
 
@@ -32,12 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the cells that are missing; the exit code."""
-    names = [item for item in arguments.items if "=" not in item]
+    names, overrides = split_items(arguments.items)
     if len(names) != 1:
         raise UserError("plan: name one, such as compare-tiny; see `deltal configs`")
     if arguments.cells is not None and arguments.cells < 0:
         raise UserError(f"--cells: must be at least 0, got {arguments.cells}")
-    overrides = parse_overrides([item for item in arguments.items if "=" in item])
     with signals.listening(at_once=True):
         from deltal_jax.compare.findings import write_findings
         from deltal_jax.compare.plan import load_plan

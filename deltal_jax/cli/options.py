@@ -1,12 +1,30 @@
 """Options that several commands have."""
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from deltal_jax.config import parse_overrides
 from deltal_jax.errors import UserError
 
 if TYPE_CHECKING:
     from deltal_jax.training.trained import Steps
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The experiment, and fields over it: see `split_items`."""
+    parser.add_argument(
+        "items",
+        nargs="*",
+        metavar="CONFIG|key.sub=value",
+        help="a YAML file or the name of a config of the package, then any field to set",
+    )
+
+
+def split_items(items: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The names among them, and the fields that the others set."""
+    names = [item for item in items if "=" not in item]
+    return names, parse_overrides([item for item in items if "=" in item])
 
 
 def check_seed(seed: int) -> None:

@@ -5,23 +5,19 @@ import json
 import re
 import sys
 
-from deltal_jax.config import load_config, parse_overrides
+from deltal_jax.cli.options import add_config, split_items
+from deltal_jax.config import load_config
 from deltal_jax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument(
-        "items",
-        nargs="*",
-        metavar="CONFIG|key.sub=value",
-        help="a YAML file or the name of a config of the package, then any field to set",
-    )
+    add_config(parser)
     parser.add_argument(
         "--topology",
         metavar="SLICE",
         help="chips of a slice, such as v5e:8x8, v5p:2x2x2, v6e:4x8; gpu:h100x8 by arithmetic "
-        "alone; default: what configs/topologies.yaml says of CONFIG",
+        "alone; default: what configs/bases/topologies.yaml says of CONFIG",
     )
     parser.add_argument(
         "--mesh", metavar="AXIS=N[,…]", help="instead of the config's, such as fsdp=16,tensor=4"
@@ -39,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 1 where it does not fit."""
-    names = [item for item in arguments.items if "=" not in item]
-    overrides = parse_overrides([item for item in arguments.items if "=" in item])
+    names, overrides = split_items(arguments.items)
     if len(names) != 1:
         raise UserError("config: name one experiment, such as gsm8k-0.5b-v5e8")
     from deltal_jax.planning.topology import parse_topology

@@ -6,19 +6,15 @@ import os
 import re
 import sys
 
-from deltal_jax.config import load_config, parse_overrides
+from deltal_jax.cli.options import add_config, split_items
+from deltal_jax.config import load_config
 from deltal_jax.errors import UserError
 from deltal_jax.guard import signals, supervise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument(
-        "items",
-        nargs="*",
-        metavar="CONFIG|key.sub=value",
-        help="a YAML file or the name of a config of the package, then any field to set",
-    )
+    add_config(parser)
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -37,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; the exit code."""
-    names = [item for item in arguments.items if "=" not in item]
-    overrides = parse_overrides([item for item in arguments.items if "=" in item])
+    names, overrides = split_items(arguments.items)
     if len(names) > 1:
         raise UserError(f"expected one config, got {' and '.join(names)}")
     name = names[0] if names else None

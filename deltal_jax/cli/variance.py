@@ -107,13 +107,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _keep(folder: Path, step: int, text: str) -> str:
     """Write a measurement beside others of its step; the file's name without its ending."""
-    for number in itertools.count(1):
-        name = f"step-{step:06d}" + (f"-{number}" if number > 1 else "")
-        path = folder / f"{name}.json"
-        if not path.exists() or path.read_text(encoding="utf-8", errors="replace") == text:
-            path.write_text(text, encoding="utf-8")
-            return name
-    raise AssertionError("numbers do not end")
+    first = f"step-{step:06d}"
+    names = itertools.chain([first], (f"{first}-{number}" for number in itertools.count(2)))
+    paths = (folder / f"{name}.json" for name in names)
+    free = (p for p in paths if not p.exists() or p.read_text("utf-8", "replace") == text)
+    path = next(free)
+    path.write_text(text, encoding="utf-8")
+    return path.stem
 
 
 def _check(arguments: argparse.Namespace) -> None:

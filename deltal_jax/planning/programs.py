@@ -5,7 +5,6 @@ The functions are those that training and sampling call (`training.step.Update`,
 Nothing of the model's size is allocated.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -20,6 +19,7 @@ from deltal_jax.config import Config
 from deltal_jax.model.architecture import Architecture
 from deltal_jax.model.remat import PINNED_HOST
 from deltal_jax.model.transformer import make_graphdef
+from deltal_jax.parallel.on_mesh import OnMesh
 from deltal_jax.parallel.sharding import replicated_sharding, state_shardings, token_sharding
 from deltal_jax.rollout.engine import Engine
 from deltal_jax.training.buckets import ROW_FRACTIONS, bucket_rows
@@ -202,8 +202,7 @@ def on_chip(tree: Any) -> int:
 def _running(planned: Planned, params: Any, bucket: Bucket) -> Gradient:
     """The sum of gradients, as `Update.accumulate` has it."""
     update, mesh = planned.update, planned.mesh
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        found = jax.eval_shape(update.gradient, params, bucket)
+    found = OnMesh(update.gradient, mesh).eval_shape(params, bucket)
     if mesh is None:
         return placed(None, planned.devices, found)
     whole = replicated_sharding(mesh)
